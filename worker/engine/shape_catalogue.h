@@ -1,0 +1,23 @@
+// Named model shapes: the ModelConfigs of well-known models, for experiments
+// on random weights and on modelled time, where only the shape matters.
+#ifndef KVSWEEP_WORKER_ENGINE_SHAPE_CATALOGUE_H_
+#define KVSWEEP_WORKER_ENGINE_SHAPE_CATALOGUE_H_
+
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "worker/engine/model_config.h"
+
+namespace kvsweep {
+
+// The config of the shape `name`, such as "opt-6.7b" or "llama-3.1-8b".
+// NotFound, with the nearest name as a hint, when there is none.
+absl::StatusOr<ModelConfig> FindShape(absl::string_view name);
+
+// All names, in the catalogue's order: by family, then by size.
+std::vector<absl::string_view> ShapeNames();
+
+}  // namespace kvsweep
+
+#endif  // KVSWEEP_WORKER_ENGINE_SHAPE_CATALOGUE_H_
