@@ -1,0 +1,154 @@
+# How a target of this project is made. Each folder's CMakeLists.txt uses these functions and nothing else:
+#
+#   kvsweep_library(NAME SOURCES a.cc b.cc [HEADERS c.h] [DEPS …] [PRIVATE_DEPS …] [CPU_ARCH])
+#   kvsweep_program(NAME SOURCES x_main.cc [DEPS …])
+#   kvsweep_proto_library(NAME PROTOS a.proto … [DEPS …] [GRPC])
+#   kvsweep_test(x_test.cc [SOURCES …] [DEPS …] [LABELS fast|slow|faults|gpu|asan …] [TIMEOUT seconds] [PROGRAMS …])
+#
+# Headers are included from the root of the tree ("base/clock.h"), generated ones likewise ("proto/experiment.pb.h").
+
+set(kvsweep_generated_dir ${PROJECT_BINARY_DIR}/generated)
+file(MAKE_DIRECTORY ${kvsweep_generated_dir})
+
+# Compiles every header of every library alone. Not part of `all`: `ninja header_self_test`.
+add_custom_target(header_self_test)
+
+# Warnings, include folders and language settings that all our own code shares.
+function(kvsweep_configure_target target)
+  target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR})
+  target_include_directories(${target} SYSTEM PRIVATE ${kvsweep_generated_dir})
+  # -Wrestrict is off: g++ 12 sees overlap in plain assignments to std::string (GCC bug 105651).
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wno-restrict $<$<BOOL:${KVSWEEP_WERROR}>:-Werror>)
+endfunction()
+
+# kvsweep_library: sources without any .cc make an interface library (headers only).
+# A header x.h beside a listed x.cc belongs to the library by itself; HEADERS names the others.
+# CPU_ARCH: compile for KVSWEEP_CPU_ARCH and let loops be reordered into vectors where the source asks for it.
+function(kvsweep_library name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "CPU_ARCH" "" "SOURCES;HEADERS;DEPS;PRIVATE_DEPS")
+  kvsweep_reject_unparsed(${name} "${arg_UNPARSED_ARGUMENTS}")
+  if(arg_SOURCES)
+    add_library(${name} STATIC ${arg_SOURCES})
+    kvsweep_configure_target(${name})
+    target_link_libraries(${name} PUBLIC ${arg_DEPS} PRIVATE ${arg_PRIVATE_DEPS})
+    if(arg_CPU_ARCH AND KVSWEEP_CPU_ARCH)
+      target_compile_options(${name} PRIVATE -march=${KVSWEEP_CPU_ARCH})
+    endif()
+  else()
+    add_library(${name} INTERFACE)
+    target_link_libraries(${name} INTERFACE ${arg_DEPS})
+  endif()
+
+  set(headers ${arg_HEADERS})
+  foreach(source IN LISTS arg_SOURCES)
+    string(REGEX REPLACE "\\.cc$" ".h" header ${source})
+    if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${header})
+      list(APPEND headers ${header})
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES headers)
+  kvsweep_header_test(${name} "${headers}")
+endfunction()
+
+# One empty source per header, so that a header that leans on what another included fails by name.
+function(kvsweep_header_test name headers)
+  if(NOT headers)
+    return()
+  endif()
+  set(sources)
+  foreach(header IN LISTS headers)
+    file(RELATIVE_PATH path ${PROJECT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/${header})
+    set(source ${PROJECT_BINARY_DIR}/header_self_test/${path}.cc)
+    file(CONFIGURE OUTPUT ${source} CONTENT "#include \"${path}\"\n" @ONLY)
+    list(APPEND sources ${source})
+  endforeach()
+  add_library(${name}_headers OBJECT EXCLUDE_FROM_ALL ${sources})
+  kvsweep_configure_target(${name}_headers)
+  target_compile_options(${name}_headers PRIVATE -O0 -g0)
+  target_link_libraries(${name}_headers PRIVATE ${name})
+  add_dependencies(header_self_test ${name}_headers)
+endfunction()
+
+function(kvsweep_program name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "SOURCES;DEPS")
+  kvsweep_reject_unparsed(${name} "${arg_UNPARSED_ARGUMENTS}")
+  add_executable(${name} ${arg_SOURCES})
+  kvsweep_configure_target(${name})
+  target_link_libraries(${name} PRIVATE ${arg_DEPS})
+  install(TARGETS ${name} RUNTIME DESTINATION bin)
+  set_property(GLOBAL APPEND PROPERTY KVSWEEP_PROGRAMS ${name})
+endfunction()
+
+# Generates C++ from .proto files; imports are written from the root of the tree ("proto/experiment.proto").
+# DEPS names the proto libraries that the files import. GRPC also generates services.
+function(kvsweep_proto_library name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "GRPC" "" "PROTOS;DEPS")
+  kvsweep_reject_unparsed(${name} "${arg_UNPARSED_ARGUMENTS}")
+  set(sources)
+  foreach(proto IN LISTS arg_PROTOS)
+    cmake_path(ABSOLUTE_PATH proto BASE_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR})
+    file(RELATIVE_PATH path ${PROJECT_SOURCE_DIR} ${proto})
+    string(REGEX REPLACE "\\.proto$" "" stem ${path})
+    set(outputs ${kvsweep_generated_dir}/${stem}.pb.cc ${kvsweep_generated_dir}/${stem}.pb.h)
+    set(plugin)
+    if(arg_GRPC)
+      list(APPEND outputs ${kvsweep_generated_dir}/${stem}.grpc.pb.cc ${kvsweep_generated_dir}/${stem}.grpc.pb.h)
+      set(plugin --grpc_out=${kvsweep_generated_dir} --plugin=protoc-gen-grpc=$<TARGET_FILE:gRPC::grpc_cpp_plugin>)
+    endif()
+    add_custom_command(
+      OUTPUT ${outputs}
+      COMMAND protobuf::protoc -I ${PROJECT_SOURCE_DIR} --cpp_out=${kvsweep_generated_dir} ${plugin} ${path}
+      DEPENDS ${proto} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR} VERBATIM COMMENT "Generating C++ from ${path}")
+    list(APPEND sources ${outputs})
+  endforeach()
+  add_library(${name} STATIC ${sources})
+  target_include_directories(${name} SYSTEM PUBLIC ${kvsweep_generated_dir})
+  target_compile_options(${name} PRIVATE -w)  # generated code answers to its generator
+  target_link_libraries(${name} PUBLIC protobuf::libprotobuf ${arg_DEPS})
+  if(arg_GRPC)
+    target_link_libraries(${name} PUBLIC gRPC::grpc++)
+  endif()
+endfunction()
+
+# One executable per test file, named after its path below tests/ ("base/clock_test"). It runs in the root of the
+# tree, so tests open experiments/… by relative path. KVSWEEP_BIN_DIR is the folder of the programs; PROGRAMS names
+# those that the test starts. Label asan: part of the sanitizer pass of scripts/test, in addition to fast or slow.
+# `ninja tests_fast` builds what `ctest -L fast` runs, and so on for each label.
+function(kvsweep_test source)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "TIMEOUT" "SOURCES;DEPS;LABELS;PROGRAMS")
+  kvsweep_reject_unparsed(${source} "${arg_UNPARSED_ARGUMENTS}")
+  file(RELATIVE_PATH path ${PROJECT_SOURCE_DIR}/tests ${CMAKE_CURRENT_SOURCE_DIR}/${source})
+  string(REGEX REPLACE "\\.cc$" "" test ${path})
+  string(REPLACE "/" "_" target ${test})
+  if(NOT arg_LABELS)
+    set(arg_LABELS fast)
+  endif()
+  if(NOT arg_TIMEOUT)
+    set(arg_TIMEOUT 120)
+  endif()
+
+  add_executable(${target} ${source} ${arg_SOURCES})
+  kvsweep_configure_target(${target})
+  target_compile_definitions(${target} PRIVATE KVSWEEP_BIN_DIR="${CMAKE_RUNTIME_OUTPUT_DIRECTORY}")
+  target_link_libraries(${target} PRIVATE ${arg_DEPS} test_main)
+  set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
+  if(arg_PROGRAMS)
+    add_dependencies(${target} ${arg_PROGRAMS})
+  endif()
+
+  add_test(NAME ${test} COMMAND ${target} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+  set_tests_properties(${test} PROPERTIES LABELS "${arg_LABELS}" TIMEOUT ${arg_TIMEOUT})
+  foreach(label IN LISTS arg_LABELS)
+    if(NOT TARGET tests_${label})
+      add_custom_target(tests_${label})
+    endif()
+    add_dependencies(tests_${label} ${target})
+  endforeach()
+endfunction()
+
+# A misspelt keyword would otherwise be dropped in silence.
+function(kvsweep_reject_unparsed name unparsed)
+  if(unparsed)
+    message(FATAL_ERROR "${name}: unknown arguments: ${unparsed}")
+  endif()
+endfunction()
