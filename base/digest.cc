@@ -65,6 +65,12 @@ DigestBuilder::DigestBuilder() : context_(std::make_unique<Context>()) {
 }
 
 DigestBuilder::~DigestBuilder() = default;
+DigestBuilder::DigestBuilder(const DigestBuilder& other) : context_(std::make_unique<Context>()) {
+  KVSWEEP_CHECK(EVP_MD_CTX_copy_ex(context_->evp, other.context_->evp) == 1);
+}
+DigestBuilder& DigestBuilder::operator=(const DigestBuilder& other) {
+  return *this = DigestBuilder(other);
+}
 DigestBuilder::DigestBuilder(DigestBuilder&&) noexcept = default;
 DigestBuilder& DigestBuilder::operator=(DigestBuilder&&) noexcept = default;
 

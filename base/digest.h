@@ -54,11 +54,13 @@ Digest Sha256(absl::string_view bytes);
 absl::StatusOr<Digest> DigestFile(const std::string& path);
 
 // Takes a sequence of parts, each fed with its length in front, so that ("ab", "c") and ("a", "bc")
-// differ. Movable; not thread-safe.
+// differ. A copy goes on from the same point by itself. Not thread-safe.
 class DigestBuilder {
  public:
   DigestBuilder();
   ~DigestBuilder();
+  DigestBuilder(const DigestBuilder& other);
+  DigestBuilder& operator=(const DigestBuilder& other);
   DigestBuilder(DigestBuilder&&) noexcept;
   DigestBuilder& operator=(DigestBuilder&&) noexcept;
 

@@ -67,9 +67,10 @@ inline constexpr int64_t kDigestsPerWorker = 4096;  // files and models that a w
 inline constexpr int64_t kWorkers = 10'000;
 
 // The worker's window of rows that are not yet acknowledged, for each slot: in memory up to the
-// first pair; past it on disk up to the last; past that the trial ends as recorder_overflow.
+// first pair; past it on disk up to the second; past that the trial ends as recorder_overflow.
 inline constexpr int64_t kOutboxRows = 65'536;
 inline constexpr int64_t kOutboxBytes = 64 * kMiB;
+inline constexpr int64_t kOutboxSpillRows = 2'000'000;
 inline constexpr int64_t kOutboxSpillBytes = 4 * kGiB;
 
 // Worker <-> runner: one length-prefixed frame.
