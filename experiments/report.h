@@ -1,0 +1,171 @@
+// The answer: which arm wins, where, by how much, how sure, at what cost in quality. Input are the
+// stored trials of one experiment as plain values; output is a Comparison, and four ways to write
+// it.
+//
+// Rules: an arm's figure is its mean over repeats with a t interval. A difference is paired: arm
+// minus reference inside the same round, then averaged. Trials whose outcome is not ok are counted,
+// never averaged. An arm with infeasible requests has no latency verdict, since it served fewer. An
+// arm that did not engage is shown and labelled without verdict. Rows of unlike contexts (device,
+// driver, backend, time mode, build's method) are not compared: the reference's most frequent
+// context rules, others are counted and named.
+#ifndef KVSWEEP_EXPERIMENTS_REPORT_H_
+#define KVSWEEP_EXPERIMENTS_REPORT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "experiments/metrics.h"
+#include "experiments/stats.h"
+#include "proto/experiment.pb.h"
+
+namespace kvsweep {
+
+// The context in which a trial's numbers are true: two rows compare only if these are equal.
+struct TrialContext {
+  std::string backend;  // "cpu", "cuda"
+  std::string device;
+  std::string device_class;
+  std::string driver;
+  std::string time_mode;  // "real", "modelled:<profile>"
+  uint32_t method_version = 0;
+
+  bool operator==(const TrialContext&) const = default;
+  auto operator<=>(const TrialContext&) const = default;
+};
+
+// One accepted load trial.
+struct TrialResult {
+  uint64_t trial_id = 0;
+  uint64_t round_id = 0;  // differences are paired inside a round
+  size_t arm = 0;         // index into ReportInput::arms
+  size_t cell = 0;        // index into ReportInput::cells
+  uint32_t repeat = 0;
+  Outcome outcome = OUTCOME_OK;
+  std::string evidence;
+  TrialContext context;
+  std::string runner_build;
+  uint32_t executions = 1;             // more: the runner died and the trial was repeated
+  std::vector<SummaryMetric> metrics;  // of Summarise
+  Engagement engagement = Engagement::kNoRule;
+  std::string quality_key;  // content key of its quality trial; empty: none
+};
+
+// One accepted quality trial.
+struct QualityResult {
+  uint64_t trial_id = 0;
+  std::string content_key;
+  Outcome outcome = OUTCOME_OK;
+  std::string evidence;
+  std::vector<QualityRow> windows;
+};
+
+struct ReportArm {
+  std::string name;
+  std::string strategy;
+};
+
+// Everything that a comparison is computed from.
+struct ReportInput {
+  std::string experiment;       // name
+  std::string model;            // for the heading
+  bool random_weights = false;  // quality is "none"
+  uint32_t repeats = 0;         // planned
+  uint64_t rounds_planned = 0;
+  std::vector<ReportArm> arms;
+  std::vector<std::string> cells;  // names
+  size_t reference = 0;            // index into arms
+  std::vector<TrialResult> trials;
+  std::vector<QualityResult> qualities;
+};
+
+enum class Verdict {
+  kReference,
+  kBetter,
+  kWorse,
+  kCannotTell,  // the interval of the difference holds 0, or there is no interval
+  kNone,        // not comparable: the reason stands in the row
+};
+
+// One metric of one arm in one cell.
+struct ComparedMetric {
+  std::string name;
+  std::optional<MeanEstimate> value;       // absent: the reason below
+  std::optional<MeanEstimate> difference;  // arm - reference, paired; absent for the reference
+  std::optional<double> relative;  // difference / mean of the reference over the same rounds
+  std::optional<double> relative_half_width;
+  Verdict verdict = Verdict::kNone;
+  std::string reason;
+};
+
+// Quality of one arm. Intervals by bootstrap over the windows.
+struct ComparedQuality {
+  std::vector<SummaryMetric> metrics;  // of SummariseQuality
+  std::optional<Interval> kl_interval;
+  size_t windows = 0;
+  std::string note;  // why there is none, or a mark on the figure
+};
+
+struct ComparedArm {
+  std::string arm;
+  std::string strategy;
+  size_t repeats = 0;                       // trials averaged
+  std::map<std::string, size_t> outcomes;   // by name; all trials
+  std::string engagement;                   // "-", "engaged", "not engaged", "engaged 2 of 3"
+  std::vector<ComparedMetric> metrics;      // in the order of Comparison::metrics
+  std::optional<double> attended_fraction;  // mean over repeats
+  std::optional<ComparedQuality> quality;
+  std::vector<std::string> notes;  // evidence, unlike contexts, repeated executions
+};
+
+struct ComparedCell {
+  std::string cell;
+  TrialContext context;
+  std::vector<ComparedArm> arms;  // the reference first, then in the order of the input
+};
+
+struct Comparison {
+  std::string experiment;
+  std::string model;
+  std::string reference;
+  std::vector<std::string> metrics;
+  std::vector<ComparedCell> cells;
+  std::vector<std::string>
+      notes;  // about the whole: missing rounds, what intervals mean, which time it is from
+};
+
+struct CompareOptions {
+  std::vector<std::string> metrics;  // empty: DefaultMetrics()
+  double confidence = 0.95;
+};
+
+// What `compare` shows when nothing is asked for.
+std::vector<std::string> DefaultMetrics();
+
+// Computes the comparison. InvalidArgument for an unknown metric (with the nearest name).
+absl::StatusOr<Comparison> Compare(const ReportInput& input, const CompareOptions& options);
+
+enum class ReportFormat { kTable, kMarkdown, kJson, kCsv };
+
+// "table", "markdown", "json", "csv".
+absl::StatusOr<ReportFormat> ParseReportFormat(absl::string_view name);
+
+// Writes a comparison. kTable is for a terminal of 120 columns or more; kCsv has one line for each
+// cell × arm × metric; kJson holds everything.
+std::string FormatComparison(const Comparison& comparison, ReportFormat format);
+
+// The console block of vLLM's `bench serve` for one trial.
+std::string FormatTrialBlock(absl::string_view title, const std::vector<SummaryMetric>& metrics);
+
+// One trial as the flat JSON of vLLM's benchmarks: metric names to numbers or null, and "reasons"
+// for the nulls.
+std::string FormatTrialJson(const std::vector<SummaryMetric>& metrics);
+
+}  // namespace kvsweep
+
+#endif  // KVSWEEP_EXPERIMENTS_REPORT_H_
