@@ -31,8 +31,7 @@
 // worker's slot, and at most one attempt of a round is open. An attempt goes
 //
 //     open --AcceptAttempt--> accepted          its records are the result of the round, for good
-//     open --VoidAttempt, a broken rule--> void its records are never shown; the round is queued
-//     again
+//     open --VoidAttempt, broken rule--> void   its records are never shown; the round waits again
 //
 // and rows of an attempt that is not open are refused. An attempt is accepted whole or not at all.
 //
@@ -40,8 +39,7 @@
 
 namespace kvsweep {
 
-// ----------------------------------------------------------------------------------------------------
-// operations
+// -------------------------------------------------------------------------------------- operations
 
 // A trial to be, in the order of its round. `name` and `strategy` are the arm's.
 struct NewTrial {
@@ -56,8 +54,7 @@ struct NewTrial {
 // The store assigns trial ids and writes ids and content keys into its copy of `spec`.
 struct NewRound {
   uint32_t cell_index = 0;
-  std::string
-      cell_name;  // "load.arrivals.rate=4/s kv.device_bytes=3MiB"; empty if nothing is swept
+  std::string cell_name;  // "load.arrivals.rate=4/s kv.device_bytes=3MiB"; empty: no axes
   uint32_t repeat = 0;
   TrialSpec::Kind kind = TrialSpec::KIND_LOAD;
   RoundSpec spec;
@@ -84,12 +81,11 @@ struct SubmitExperiment {
 };
 
 // Stores a file under the SHA-256 of its content; a known digest changes nothing. InvalidArgument
-// if the digest is not the content's, or the content is longer than kMaxStoredFileBytes.
+// if the digest is not the content's, or the content is longer than limits::kTravellingFileBytes.
 struct PutFile {
   std::string digest;  // 32 bytes
   std::string content;
 };
-inline constexpr uint64_t kMaxStoredFileBytes = 8u << 20;
 
 // What is known of a worker, replacing what was known.
 struct UpsertWorker {
@@ -111,6 +107,7 @@ struct GrantAttempt {
   uint64_t incarnation = 0;
   std::string machine;
   uint32_t slot = 0;
+  uint32_t neighbours = 0;  // other open attempts on the machine at that instant
   int64_t granted_unix_ns = 0;
 };
 
@@ -134,8 +131,8 @@ struct AcceptAttempt {
 struct VoidAttempt {
   Attempt attempt;
   std::string reason;
-  std::optional<TrialId>
-      lost_during;  // the worker was lost while this trial ran (counts towards poisoning)
+  bool worker_lost = false;              // counts towards poisoning; otherwise the attempt failed
+  std::optional<TrialId> running_trial;  // when that happened, if known
   int64_t voided_unix_ns = 0;
 };
 
@@ -145,6 +142,7 @@ struct FinishRound {
   enum class State { kFailed, kCancelled, kPoisoned };
   RoundId round;
   State state = State::kFailed;
+  std::optional<TrialId> poisoned_trial;  // of kPoisoned: during which the workers were lost
   std::string reason;
   int64_t finished_unix_ns = 0;
 };
@@ -179,8 +177,7 @@ struct WriteBatch {
   std::vector<Operation> operations;
 };
 
-// -------------------------------------------------------------------------------------------------------
-// results
+// ----------------------------------------------------------------------------------------- results
 
 struct SubmitResult {
   struct Round {
@@ -196,12 +193,12 @@ struct SubmitResult {
 // What became of an AppendRecords.
 struct AppendResult {
   enum class State {
-    kStored,  // what could be stored is: see acknowledged_through. Equal repeats are ignored;
-              // records that would leave a gap are not stored, and acknowledged_through says from
-              // where to send again
+    kStored,   // what could be stored is: see acknowledged_through. Equal repeats are ignored;
+               // records that would leave a gap are not stored, and acknowledged_through says from
+               // where to send again
     kRefused,  // the attempt is unknown, accepted or void: stop sending
     kVoided,   // a record broke a rule (unequal repeat, not of this round, NaN, after the finish,
-              // …): the attempt is void from now on
+               // …): the attempt is void from now on
   };
   State state = State::kRefused;
   uint64_t acknowledged_through = 0;  // highest sequence up to which all is durable; 0: nothing
@@ -244,8 +241,7 @@ struct CommitResult {
   }
 };
 
-// -------------------------------------------------------------------------------------------------------
-// reading
+// ----------------------------------------------------------------------------------------- reading
 
 enum class RoundState { kQueued, kRunning, kDone, kServed, kFailed, kCancelled, kPoisoned };
 enum class AttemptState { kOpen, kAccepted, kVoid };
@@ -254,11 +250,15 @@ enum class AttemptState { kOpen, kAccepted, kVoid };
 absl::string_view RoundStateName(RoundState state);
 absl::string_view AttemptStateName(AttemptState state);
 
-// A worker that was lost while `trial` ran.
-struct Loss {
-  TrialId trial;
+// How an attempt came to be void.
+struct VoidedAttempt {
+  Attempt attempt;
   std::string worker_id;
   std::string machine;
+  bool worker_lost = false;
+  std::optional<TrialId> running_trial;
+  std::string reason;
+  int64_t voided_unix_ns = 0;
 };
 
 struct StoredAttempt {
@@ -279,10 +279,11 @@ struct QueuedRound {
   ExperimentId experiment;
   uint32_t devices = 1;
   bool uses_host_tier = false;
+  std::string backend;  // "cpu", "cuda"; empty: any
+  bool modelled_time = false;
   std::vector<TrialId> trials;  // in running order
   std::optional<StoredAttempt> open_attempt;
-  std::vector<Loss> losses;  // of all its attempts
-  uint32_t void_attempts = 0;
+  std::vector<VoidedAttempt> void_attempts;  // oldest first
 };
 
 struct QueuedExperiment {
@@ -293,7 +294,9 @@ struct QueuedExperiment {
   uint64_t rounds = 0;
   uint64_t rounds_done = 0;  // accepted
   uint64_t rounds_served = 0;
-  uint64_t rounds_failed = 0;  // failed, cancelled or poisoned
+  uint64_t rounds_failed = 0;
+  uint64_t rounds_cancelled = 0;
+  uint64_t rounds_poisoned = 0;
 };
 
 // All that the scheduler needs after a restart: what is not finished, in the order in which it was
