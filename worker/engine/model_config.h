@@ -16,8 +16,10 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/shapes.h"
 
 namespace kvsweep {
 
@@ -34,15 +36,6 @@ enum class PositionKind {
 };
 
 enum class Activation { kSilu, kRelu };
-
-// The number format in which a tensor is stored.
-enum class StorageType { kFloat32, kBFloat16, kFloat16 };
-
-// Bytes of one element: 4, 2 or 2.
-int64_t StorageBytes(StorageType type);
-
-// "F32", "BF16" or "F16", the spelling of the safetensors format.
-absl::string_view StorageTypeName(StorageType type);
 
 struct ModelConfig {
   Architecture architecture = Architecture::kLlama;
@@ -76,20 +69,22 @@ struct ModelConfig {
   std::vector<int32_t> eos_ids;  // any of them ends a text; may be empty
 
   // The type that the checkpoint declares: what `kv.dtype: model` means.
-  StorageType dtype = StorageType::kFloat32;
+  DType dtype = DType::kF32;
 
   // Query heads that share one KV head: g = Hq / Hk.
   int32_t group_size() const { return query_heads / kv_heads; }
   // Rows of the fused projection: (Hq + 2 Hk) d.
-  int64_t qkv_rows() const {
-    return int64_t{query_heads + 2 * kv_heads} * head_dim;
-  }
+  int64_t qkv_rows() const { return int64_t{query_heads + 2 * kv_heads} * head_dim; }
   // Bytes of keys and values that one token takes over all layers:
   // kappa = 2 L Hk d s, s being the bytes of `kv_type`.
-  int64_t KvBytesPerToken(StorageType kv_type) const;
+  int64_t KvBytesPerToken(DType kv_type) const;
 
   bool operator==(const ModelConfig&) const = default;
 };
+
+// The features that all models of an architecture share (norm, positions, biases
+// and so on); its dimensions are still zero.
+ModelConfig ArchitectureFeatures(Architecture architecture);
 
 // Reads the text of a Hugging Face config.json of `model_type` llama or opt.
 // `file_name` only serves the messages. Every dimension is bounded
@@ -108,8 +103,7 @@ absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& folder);
 // positive and bounded, Hq * d == D, Hq % Hk == 0, ids inside the vocabulary).
 // `source` begins the message. The reader and the catalogue of shapes both end
 // with it, so a config in hand has passed.
-absl::Status CheckModelConfig(const ModelConfig& config,
-                              absl::string_view source);
+absl::Status CheckModelConfig(const ModelConfig& config, absl::string_view source);
 
 }  // namespace kvsweep
 

@@ -18,16 +18,16 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "base/file.h"
-#include "worker/engine/model_config.h"
+#include "kernels/shapes.h"
 
 namespace kvsweep {
 
 // A tensor inside a mapped file. `bytes` may be misaligned for `type` and lives
 // as long as the checkpoint that gave it out.
 struct TensorView {
-  StorageType type = StorageType::kFloat32;
+  DType type = DType::kF32;
   std::vector<int64_t> shape;      // outermost first; empty for a scalar
-  std::span<const uint8_t> bytes;  // product of shape × StorageBytes(type)
+  std::span<const uint8_t> bytes;  // product of shape × DTypeBytes(type)
   std::string file;                // the shard's file name, for messages
 };
 
@@ -51,9 +51,7 @@ class Checkpoint {
   const TensorView* Find(absl::string_view name) const;
 
   // All tensors by name, in order.
-  const std::map<std::string, TensorView, std::less<>>& tensors() const {
-    return tensors_;
-  }
+  const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
 
  private:
   std::vector<MappedFile> files_;

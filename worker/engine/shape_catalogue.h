@@ -3,6 +3,7 @@
 #ifndef KVSWEEP_WORKER_ENGINE_SHAPE_CATALOGUE_H_
 #define KVSWEEP_WORKER_ENGINE_SHAPE_CATALOGUE_H_
 
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -12,11 +13,11 @@
 namespace kvsweep {
 
 // The config of the shape `name`, such as "opt-6.7b" or "llama-3.1-8b".
-// NotFound, with the nearest name as a hint, when there is none.
+// NotFound, with the nearest name as a hint or else the list of all, when there is none.
 absl::StatusOr<ModelConfig> FindShape(absl::string_view name);
 
 // All names, in the catalogue's order: by family, then by size.
-std::vector<absl::string_view> ShapeNames();
+std::vector<std::string> ShapeNames();
 
 }  // namespace kvsweep
 

@@ -52,8 +52,7 @@ class Tokenizer {
   // The text of `ids`; control tokens have none, and the space that encoding
   // puts before a text is dropped. Byte tokens that do not form UTF-8 become
   // U+FFFD. OutOfRange for an id outside the vocabulary.
-  virtual absl::StatusOr<std::string> Decode(
-      std::span<const int32_t> ids) const = 0;
+  virtual absl::StatusOr<std::string> Decode(std::span<const int32_t> ids) const = 0;
 
   std::vector<int32_t> Encode(absl::string_view text) const {
     return Encode(text, EncodeOptions{});
@@ -64,23 +63,22 @@ class Tokenizer {
 // serves the messages. InvalidArgument for bytes that are no such model,
 // Unimplemented for a kind that is not supported (unigram, other normalisers,
 // no byte fallback), each naming the field.
-absl::StatusOr<std::unique_ptr<Tokenizer>> ParseSentencePieceModel(
-    absl::string_view bytes, absl::string_view file_name);
+absl::StatusOr<std::unique_ptr<Tokenizer>> ParseSentencePieceModel(absl::string_view bytes,
+                                                                   absl::string_view file_name);
 
 // Reads a llama2.c tokenizer file (tok512.bin): int32 longest piece, then for
 // each id {float32 score, int32 length, bytes} to the end of the file. Ids 0, 1
 // and 2 are unknown, BOS and EOS; 3 to 258 are the bytes.
-absl::StatusOr<std::unique_ptr<Tokenizer>> ParseLlama2cTokenizer(
-    absl::string_view bytes, absl::string_view file_name);
+absl::StatusOr<std::unique_ptr<Tokenizer>> ParseLlama2cTokenizer(absl::string_view bytes,
+                                                                 absl::string_view file_name);
 
 // The file that LoadTokenizer would read in `folder`: tokenizer.model, else the
-// only tok*.bin. NotFound when there is none, saying what was looked for;
+// first tok*.bin. NotFound when there is none, saying what was looked for;
 // Unimplemented when there is only a kind that is not supported.
 absl::StatusOr<std::string> FindTokenizerFile(const std::string& folder);
 
 // The tokenizer of a model folder, read from FindTokenizerFile.
-absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(
-    const std::string& folder);
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& folder);
 
 }  // namespace kvsweep
 

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "base/digest.h"
 #include "worker/engine/model_config.h"
 
 namespace kvsweep {
@@ -70,22 +71,20 @@ int64_t ParameterCount(const ModelConfig& config);
 // tensor, its file, what was expected and what was found. A tied model may
 // store its output matrix once more if it is the same. ResourceExhausted when
 // the allocator returns nullptr. Takes one pass over the data.
-absl::StatusOr<ModelWeights> LoadWeights(const std::string& folder,
-                                         const ModelConfig& config,
+absl::StatusOr<ModelWeights> LoadWeights(const std::string& folder, const ModelConfig& config,
                                          const FloatAllocator& allocate);
 
 // Weights for a shape without a checkpoint: matrices and biases normal with
 // standard deviation 0.02, norms one (their shifts zero), each tensor from a
 // stream of its own, so that the same seed gives the same tensors.
-absl::StatusOr<ModelWeights> RandomWeights(const ModelConfig& config,
-                                           uint64_t seed,
+absl::StatusOr<ModelWeights> RandomWeights(const ModelConfig& config, uint64_t seed,
                                            const FloatAllocator& allocate);
 
 // The digest of what makes up a model: names and contents, in order of name, of
 // config.json, the safetensors files with their index, and the tokenizer's
 // files. Other files of the folder (reports, licences) do not count. NotFound
 // when the folder has no config.json.
-absl::StatusOr<std::string> DigestModelFolder(const std::string& folder);
+absl::StatusOr<Digest> DigestModelFolder(const std::string& folder);
 
 }  // namespace kvsweep
 
