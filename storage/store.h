@@ -41,20 +41,18 @@ namespace kvsweep {
 
 // -------------------------------------------------------------------------------------- operations
 
-// A trial to be, in the order of its round. `name` and `strategy` are the arm's.
+// A trial to be, in the order of its round.
 struct NewTrial {
-  std::string arm_name;
-  uint32_t arm_index = 0;  // in the expanded list of arms; 0 is the reference arm
-  std::string strategy;
+  uint32_t arm_index = 0;      // into SubmitExperiment::arms
   std::string content_key;     // 32 bytes
+  std::string quality_key;     // content key of the quality trial that belongs to it; empty: none
   std::string canonical_spec;  // JSON
 };
 
-// A round to be. INVARIANT: trials.size() == spec.trials_size(), in the same (running) order.
+// A round to be. INVARIANT: trials.size() == spec.trials_size() > 0, in the same (running) order.
 // The store assigns trial ids and writes ids and content keys into its copy of `spec`.
 struct NewRound {
-  uint32_t cell_index = 0;
-  std::string cell_name;  // "load.arrivals.rate=4/s kv.device_bytes=3MiB"; empty: no axes
+  uint32_t cell_index = 0;  // into SubmitExperiment::cells
   uint32_t repeat = 0;
   TrialSpec::Kind kind = TrialSpec::KIND_LOAD;
   RoundSpec spec;
@@ -65,16 +63,28 @@ struct NewRound {
   std::optional<RoundId> served_by;
 };
 
+struct NewArm {
+  std::string name;
+  std::string strategy;
+};
+
+struct NewCell {
+  std::string name;                                         // "rate=4/s device_bytes=3MiB"
+  std::vector<std::pair<std::string, std::string>> values;  // dotted path, value
+};
+
 // Stores an experiment with its rounds. Result: SubmitResult. A known client_id changes nothing and
-// gives the result of the first time. InvalidArgument if a file is missing, or a round breaks its
-// invariant.
+// gives the result of the first time. InvalidArgument if a file that travels is not in the store,
+// or a round breaks its invariant.
 struct SubmitExperiment {
   std::string client_id;
   std::string name;
   std::string spec_text;  // as the person wrote it
   Experiment experiment;
-  std::vector<std::string> arm_names;  // expanded, reference first
-  ModelReference model;
+  std::vector<NewArm> arms;  // expanded
+  uint32_t reference_arm = 0;
+  std::vector<NewCell> cells;
+  ModelReference model;  // empty digest: random weights
   std::vector<FileReference> files;
   std::vector<NewRound> rounds;
   int64_t submitted_unix_ns = 0;
