@@ -117,15 +117,10 @@ void ApplyDefaults(google::protobuf::Message* message);
 // ------------------------------------------------------------------------------- fields by their
 // path
 
-// What a dotted path names.
-struct FieldTarget {
-  const google::protobuf::FieldDescriptor* field = nullptr;
-};
-
 // Resolves "load.arrivals.rate" from `root`. Only single fields, not lists, can be on the way; the
 // last one must be a plain value. NotFound (with the nearest name) or InvalidArgument.
-absl::StatusOr<FieldTarget> FindField(const google::protobuf::Descriptor& root,
-                                      absl::string_view path);
+absl::StatusOr<const google::protobuf::FieldDescriptor*> FindField(
+    const google::protobuf::Descriptor& root, absl::string_view path);
 
 // Reads `text` as the field at `path` ("12MiB", "4/s", "recompute") and sets it, making the
 // messages on the way. Errors as of FindField, or InvalidArgument for the value. For sweeps and `-S
@@ -145,10 +140,6 @@ std::string PrettyValue(const google::protobuf::FieldDescriptor& field, absl::st
 // Names of the fields of `message` that hold an arm's strategy parameters (rule `strategy`), in
 // order.
 std::vector<std::string> StrategyNames(const google::protobuf::Descriptor& message);
-
-// The best match for a misspelt `name`, or nothing if none is near.
-std::optional<std::string> NearestName(absl::string_view name,
-                                       const std::vector<std::string>& candidates);
 
 // A field that names a file or a model folder, and the value it has.
 struct NamedPath {

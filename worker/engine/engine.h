@@ -1,0 +1,144 @@
+// Executes steps: the model's forward pass over the rows of a step, with attention handed to a
+// strategy. Same weights, same operations, same order for every strategy.
+//
+// The engine owns activations, the step state, captured graphs and the tokens of the sequences in
+// it. It does not decide: what a step computes comes from a StepPlan (batcher.h). A step that only
+// decodes is padded to a captured size and replayed as a graph.
+#ifndef KVSWEEP_WORKER_ENGINE_ENGINE_H_
+#define KVSWEEP_WORKER_ENGINE_ENGINE_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/step_state.h"
+#include "proto/experiment.pb.h"
+#include "worker/engine/batcher.h"
+#include "worker/engine/model_config.h"
+#include "worker/engine/weights.h"
+#include "worker/strategies/cache_strategy.h"
+
+namespace kvsweep {
+
+// A model whose weights lie on a backend's device; shared by all trials that use it.
+class Model {
+ public:
+  // Reads a folder (config.json, safetensors). Errors as of LoadModelConfig and LoadWeights;
+  // ResourceExhausted when they do not fit.
+  static absl::StatusOr<std::unique_ptr<Model>> Load(Backend* backend, const std::string& folder);
+  // Random weights for a shape of the catalogue.
+  static absl::StatusOr<std::unique_ptr<Model>> Random(Backend* backend, const ModelConfig& config,
+                                                       uint64_t seed);
+  ~Model();
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  const ModelConfig& config() const { return config_; }
+  const ModelWeights& weights() const { return weights_; }
+  ModelShape shape() const;
+
+ private:
+  Model(Backend* backend, ModelConfig config) : backend_(backend), config_(std::move(config)) {}
+
+  Backend* backend_;
+  ModelConfig config_;
+  ModelWeights weights_;
+  std::byte* memory_ = nullptr;
+};
+
+enum class LogitsMode {
+  kNone,  // sampled tokens only
+  kLast,  // logits of each decode row and of the last row of each prefill chunk
+  kAll,   // logits of every row
+};
+
+struct EngineOptions {
+  int32_t max_sequences = 64;
+  int32_t max_batched_tokens = 512;
+  int32_t max_context = 2048;  // tokens of the longest request
+  bool graphs = true;
+  LogitsMode logits = LogitsMode::kNone;
+  DType kv_dtype = DType::kF32;
+  uint64_t device_bytes = 0;  // the arm's budgets
+  uint64_t host_bytes = 0;
+};
+
+// What the host learns from a step.
+struct StepResult {
+  std::span<const int32_t> sampled;  // one token for each decode segment, then for each prefill
+                                     // segment (meaningful on its last chunk)
+  std::span<const float>
+      logits;               // [logit rows, V] by LogitsMode: decode rows, then the prefill rows
+  int64_t modelled_ns = 0;  // of this step, in modelled time
+  bool captured = false;    // a graph was captured or replayed
+};
+
+class Engine {
+ public:
+  // Builds the arm's strategy and all buffers for one trial. `calibration` is what a strategy that
+  // prepares itself (InfiniGen's skewing) may read: token ids, may be empty for the others.
+  // InvalidArgument for parameters that this model cannot have; ResourceExhausted with asked and
+  // available bytes when fixed structures exceed the budget or the machine.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(Backend* backend, const Model* model,
+                                                        const Arm& arm,
+                                                        const EngineOptions& options,
+                                                        std::span<const int32_t> calibration);
+  ~Engine();
+
+  CacheStrategy& strategy() { return *strategy_; }
+  KvManager& manager() { return strategy_->manager(); }
+  const ModelConfig& config() const { return model_->config(); }
+  const EngineOptions& options() const { return options_; }
+  int32_t chunk_alignment() const { return strategy_->chunk_alignment(); }
+
+  // Gives a request its tokens: the prompt, and, for teacher forcing, the tokens to feed after it
+  // whatever is sampled. The engine appends sampled tokens behind the known ones. REQUIRES: id not
+  // in use.
+  void AddSequence(RequestId request, std::span<const int32_t> tokens, int32_t prompt_tokens);
+  // Tokens of a request: prompt and output so far (or forced).
+  std::span<const int32_t> Tokens(RequestId request) const;
+  void RemoveSequence(RequestId request);
+
+  // Runs a step and waits for it. Spans of the result are valid until the next call.
+  absl::StatusOr<StepResult> Execute(const StepPlan& plan);
+
+  // Captures the graphs of every padded size so that no timed step has to.
+  absl::Status CaptureGraphs();
+
+  // Sizes that decode batches are padded to: 1, 2, 4, 8, then steps of 8.
+  static int32_t PaddedRows(int32_t rows);
+
+ private:
+  struct Buffers;
+  struct Sequence;
+
+  Engine(Backend* backend, const Model* model, const EngineOptions& options);
+  absl::Status Build(const Arm& arm, std::span<const int32_t> calibration);
+  void FillStepState(const StepPlan& plan);
+  void EnqueueForward(const StepView& view);
+  void EnqueueLayer(const StepView& view, int32_t layer);
+  void EnqueueLogits(const StepView& view);
+  void EnqueueReadback(const StepView& view);
+  absl::Status RunCaptured(const StepView& view);
+  void AppendSampled(const StepPlan& plan);
+
+  Backend* backend_;
+  const Model* model_;
+  EngineOptions options_;
+  std::unique_ptr<StepState> step_state_;
+  std::unique_ptr<CacheStrategy> strategy_;
+  std::unique_ptr<Buffers> buffers_;
+  std::map<RequestId, Sequence> sequences_;
+  std::map<std::pair<int32_t, int32_t>, Graph> graphs_;  // by (padded rows, strategy's key)
+};
+
+}  // namespace kvsweep
+
+#endif  // KVSWEEP_WORKER_ENGINE_ENGINE_H_

@@ -1,0 +1,244 @@
+// What a KV-cache strategy is: a pure KV manager that decides over memory, and hooks that enqueue a
+// step's attention.
+//
+// The engine runs every strategy with the same weights, the same batcher and the same kernels; only
+// these two halves differ.
+//
+// A sequence has a *sequence slot* (0 .. max_sequences - 1) while it is in the engine: the row of
+// its per-sequence tables. In a step, decode rows come first, each one token of one sequence; then
+// the rows of prefill chunks. A decode batch may be padded to a captured size: padded rows stand
+// behind the real decode rows and are inert.
+#ifndef KVSWEEP_WORKER_STRATEGIES_CACHE_STRATEGY_H_
+#define KVSWEEP_WORKER_STRATEGIES_CACHE_STRATEGY_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/step_state.h"
+
+namespace kvsweep {
+
+// Identifies a request inside a trial.
+using RequestId = int32_t;
+
+// --------------------------------------------------------------------------------------------------------------------
+// KV manager
+
+// What an arm may know of a request at admission: never the replayed output length.
+struct RequestShape {
+  int32_t prompt_tokens = 0;
+  int32_t max_tokens = 0;  // output tokens at most
+  int32_t limit() const { return prompt_tokens + max_tokens; }
+};
+
+struct TierBytes {
+  uint64_t device = 0;
+  uint64_t host = 0;
+  TierBytes& operator+=(const TierBytes& other) {
+    device += other.device;
+    host += other.host;
+    return *this;
+  }
+  bool operator==(const TierBytes&) const = default;
+};
+
+// How a request loses its memory when another needs it.
+enum class PreemptionMode {
+  kNone,       // what was admitted always fits: never preempted after its prompt
+  kRecompute,  // everything is dropped, prompt and output so far are computed again
+  kOffload,    // the device part is dropped and brought back from the host: the state is preserved
+};
+
+// Decides over memory: may a request enter, may it grow, what frees how much. Plain values, no
+// tensors, no clock; not thread-safe. Reserved bytes never exceed the budgets of the arm, in-use
+// plus free is constant, and every byte stands in the strategy's formula.
+//
+// Life of a request: Admit, Grow before each step that adds tokens, EndPrompt after the step with
+// the last chunk of its prompt, then Grow for each decode step, Release. Preempt takes the memory
+// away: after kRecompute (and for every arm before the end of a prompt) the request is as if never
+// admitted; after kOffload it waits for Resume.
+class KvManager {
+ public:
+  virtual ~KvManager() = default;
+
+  // Bytes taken whatever runs: partial weights, rings, tables.
+  virtual TierBytes FixedBytes() const = 0;
+  // Bytes that the request takes alone at its worst moment, fixed bytes not included. Past the
+  // budgets it can never run: infeasible.
+  virtual TierBytes PeakBytes(const RequestShape& shape) const = 0;
+
+  // Takes the request in if there is memory for its first chunk of `tokens` tokens (and for
+  // whatever the strategy reserves at admission); false: later, nothing changed. `computed_tokens`
+  // of the prompt are the prompt itself or, after kRecompute, prompt and output so far. REQUIRES:
+  // the request is not held, tokens <= prompt.
+  virtual bool Admit(RequestId request, const RequestShape& shape, int32_t tokens) = 0;
+  // Makes room for the request to hold `tokens` tokens in all. False: no memory, nothing changed.
+  virtual bool Grow(RequestId request, int32_t tokens) = 0;
+  // The prompt is in the cache: what the strategy prunes is freed.
+  virtual void EndPrompt(RequestId request) = 0;
+  virtual void Release(RequestId request) = 0;
+
+  virtual PreemptionMode preemption_mode() const = 0;
+  // Frees the device memory of a request whose prompt has ended (kOffload) or all of its memory.
+  virtual void Preempt(RequestId request) = 0;
+  // kOffload: takes device memory again for a preempted request that will hold `tokens` tokens.
+  // False: later.
+  virtual bool Resume(RequestId request, int32_t tokens) = 0;
+
+  // Reserved now, fixed bytes included.
+  virtual TierBytes ReservedBytes() const = 0;
+  // Of these, bytes that hold live tokens (or fixed structures); reserved - live is fragmentation.
+  virtual TierBytes LiveBytes() const = 0;
+  // Reserved for one request.
+  virtual TierBytes RequestBytes(RequestId request) const = 0;
+
+  // Asserts the invariants above; called after every step in tests.
+  virtual void CheckInvariants() const = 0;
+};
+
+// ----------------------------------------------------------------------------------------------------------------------
+// hooks
+
+// The dimensions a strategy needs.
+struct ModelShape {
+  int32_t layers = 0;       // L
+  int32_t hidden_size = 0;  // D
+  int32_t query_heads = 0;  // Hq
+  int32_t kv_heads = 0;     // Hk
+  int32_t head_dim = 0;     // d
+  int32_t max_positions = 0;
+  bool rotary = false;
+  float rope_theta = 10000.0f;
+  float attention_scale() const;  // 1 / sqrt(d)
+};
+
+// Read-only access to a layer's query projection, for speculation.
+struct QueryWeights {
+  const float* weight = nullptr;  // [Hq * d, D]
+  const float* bias = nullptr;    // [Hq * d] or nullptr
+};
+
+// One sequence's share of a step.
+struct Segment {
+  RequestId request = 0;
+  int32_t slot = 0;            // sequence slot
+  int32_t first_row = 0;       // row of its first token in the step's activations
+  int32_t rows = 0;            // tokens: 1 in decode
+  int32_t start_position = 0;  // tokens stored before this step
+  bool last_chunk = false;     // prefill: the prompt ends here
+  bool resumed = false;        // decode: first step after a kOffload preemption
+};
+
+// What a step computes. Valid from BeginStep to EndStep.
+struct StepView {
+  std::span<const Segment> decode;  // rows 0 .. decode.size() - 1
+  std::span<const Segment> prefill;
+  int32_t decode_rows = 0;  // decode.size() padded to the captured size
+  int32_t rows = 0;         // all rows: decode_rows plus the prefill rows
+  bool captured = false;    // only decode rows, replayed from a graph: after its capture only
+                            // BeginStep and EndStep are called
+  const int32_t* position = nullptr;    // [rows], device
+  const int32_t* row_active = nullptr;  // [decode_rows], device: 0 for padding
+};
+
+// q, k and v of a layer before rotary embedding; the strategy enqueues the rotation, since it may
+// re-position. The three lie side by side in one matrix [rows, (Hq + 2 Hk) d], so one operation can
+// rotate q and k. The engine keeps two such matrices (and two of x) and uses them in turn: what a
+// hook enqueues on other streams may read them until the hooks of the layer after next.
+struct AttentionInputs {
+  Activations query;  // [rows, Hq, d]
+  Activations key;    // [rows, Hk, d]
+  Activations value;  // [rows, Hk, d]
+};
+
+// Counts that a step produced, read by the host after it. Entries are means over KV heads.
+struct DecodeCounts {
+  double attended = 0;  // entries read by attention, the current token included, summed over layers
+  double fetched = 0;   // of these, fetched from the host tier
+  int32_t evicted = 0;  // tokens that left the cache
+  bool engaged = false;  // the strategy did what it is named for in this step; a request is engaged
+                         // if any of its steps was
+};
+
+// How engagement is judged, as words for people.
+struct EngagementRule {
+  std::string text;  // empty: the strategy has no rule
+};
+
+class CacheStrategy {
+ public:
+  virtual ~CacheStrategy() = default;
+
+  virtual KvManager& manager() = 0;
+
+  // Chunk borders of a prompt fall on multiples of this.
+  virtual int32_t chunk_alignment() const { return 1; }
+
+  // A number that a captured step depends on beside its padded size, e.g. a count of tiles that
+  // depends on the longest sequence.
+  virtual int32_t GraphKey(const StepView& step) const { return 0; }
+
+  // Fills the strategy's arrays of the open step state, and enqueues what must precede the step (a
+  // resumed request's copies).
+  virtual void BeginStep(const StepView& step) = 0;
+  // Before a layer's projections: x = the layer's normed input [rows, D]. Look-ahead for the next
+  // layer starts here.
+  virtual void BeforeLayer(const StepView& step, int32_t layer, const Activations& x) {}
+  // Position, append, select, fetch, attend, score, evict: out [rows, Hq, d]. May overwrite its
+  // inputs.
+  virtual void Attend(const StepView& step, int32_t layer, const AttentionInputs& inputs,
+                      const Activations& out) = 0;
+  // After the last layer; enqueues prunes of finished prompts and whatever must be read back.
+  virtual void EndStep(const StepView& step) = 0;
+
+  // After the step has been waited for: counts of decode segment `index`, and the same by layer
+  // ([L], attended entries).
+  virtual DecodeCounts CollectDecode(const StepView& step, size_t index,
+                                     std::span<double> attended_by_layer) = 0;
+  // Tokens that the end of a prompt of this shape drops.
+  virtual int32_t PromptEvictions(const RequestShape& shape) const { return 0; }
+
+  virtual EngagementRule engagement_rule() const { return {}; }
+  // Whether the rule applies to a finished request of `tokens` tokens in all.
+  virtual bool EngagementExpected(const RequestShape& shape, int32_t tokens) const { return false; }
+
+  // Figures about the whole trial that belong to this strategy alone: name, unit, value.
+  struct Figure {
+    std::string name;
+    int32_t layer = -1;
+    double value = 0;
+  };
+  virtual std::vector<Figure> Figures() const { return {}; }
+};
+
+// Everything a strategy is built from. Pointers outlive it.
+struct Skewing;
+
+struct StrategyContext {
+  Backend* backend = nullptr;
+  StepState* step_state = nullptr;  // before Build: the strategy adds its arrays
+  ModelShape shape;
+  std::vector<QueryWeights> query_weights;  // [L]
+  DType kv_dtype = DType::kF32;
+  uint64_t device_bytes = 0;  // budgets of the arm
+  uint64_t host_bytes = 0;
+  int32_t max_sequences = 0;    // sequence slots
+  int32_t max_context = 0;      // tokens of the longest request of the trial
+  int32_t max_rows = 0;         // rows of the largest step
+  int32_t max_decode_rows = 0;  // padded
+  // Runs a calibration forward over the first `tokens` calibration ids and computes the skewing
+  // from its queries and keys; results are kept with the model. Only for strategies that prepare
+  // themselves.
+  std::function<absl::StatusOr<std::shared_ptr<const Skewing>>(int32_t tokens)> calibrate;
+};
+
+}  // namespace kvsweep
+
+#endif  // KVSWEEP_WORKER_STRATEGIES_CACHE_STRATEGY_H_
