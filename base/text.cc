@@ -139,8 +139,12 @@ absl::StatusOr<int64_t> ParseBytes(absl::string_view text) {
 
   const std::optional<double> bytes = ParseQuantity(text, kByteUnits);
   if (!bytes || !FitsInt64(*bytes)) return BadQuantity(text, "a size in bytes", kExample);
-  if (*bytes != std::floor(*bytes)) return BadQuantity(text, "a whole number of bytes", kExample);
-  return static_cast<int64_t>(*bytes);
+  // "2.3GB" is whole although 2.3 is no binary fraction: allow what rounding can have moved.
+  const double rounded = std::round(*bytes);
+  if (std::abs(*bytes - rounded) > *bytes * 1e-15) {
+    return BadQuantity(text, "a whole number of bytes", kExample);
+  }
+  return static_cast<int64_t>(rounded);
 }
 
 absl::StatusOr<int64_t> ParseDurationNs(absl::string_view text) {
