@@ -103,8 +103,8 @@ class Outbox {
 
   bool HasUnsent() const { return next_to_send_ <= last_sequence(); }
 
-  // True while at most half of each limit is in use: the time to begin the next trial after an
-  // overflow.
+  // True when nothing is spilled and memory is at most half used: the time to begin the next trial
+  // after an overflow.
   bool HasRoom() const;
 
   // 0 when there is none.

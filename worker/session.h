@@ -13,33 +13,35 @@
 #include "absl/status/statusor.h"
 #include "base/clock.h"
 #include "base/ids.h"
+#include "base/limits.h"
 #include "worker/outbox.h"
 
 namespace kvsweep {
 
 // One trial of a round, as far as the session needs to know it.
-struct TrialPlan {
+struct SessionTrial {
   TrialId trial;
   int64_t limit_ns = 0;  // preparing and measuring together, at most
 };
 
 // The trials of a round in the order they run. Their specs stay with the executor, which finds them
 // by index.
-struct RoundPlan {
-  std::vector<TrialPlan> trials;
+struct SessionRound {
+  std::vector<SessionTrial> trials;
 };
 
 // What the coordinator wants of one slot (worker.proto, SlotDesire).
-struct SlotWish {
+struct SessionWish {
   enum class Kind { kRun, kAbandon, kSettled };
   SlotIndex slot;
   Attempt attempt;
   Kind kind = Kind::kRun;
-  absl::StatusOr<RoundPlan> round = RoundPlan{};  // of kRun; an error: it could not be understood
+  absl::StatusOr<SessionRound> round =
+      SessionRound{};  // of kRun; an error: it could not be understood
 };
 
 // What a slot holds (worker.proto, Holding).
-struct Holding {
+struct HeldAttempt {
   enum class Phase { kStarting, kRunning, kFinished, kFailed, kAbandoned };
   Attempt attempt;
   Phase phase = Phase::kStarting;
@@ -52,10 +54,10 @@ struct Holding {
   std::string reason;                  // of kFailed
 };
 
-struct SlotReport {
+struct SessionSlot {
   bool available =
       false;  // its runner is up, or is being replaced after a death that need not repeat
-  std::optional<Holding> holding;
+  std::optional<HeldAttempt> holding;
 };
 
 // The state that the worker tells the coordinator, less what the session does not know (devices,
@@ -63,8 +65,8 @@ struct SlotReport {
 struct SessionReport {
   uint64_t generation = 0;
   bool draining = false;
-  std::string unhealthy_reason;   // empty: healthy
-  std::vector<SlotReport> slots;  // [slots]
+  std::string unhealthy_reason;    // empty: healthy
+  std::vector<SessionSlot> slots;  // [slots]
 };
 
 // How a runner ended.
@@ -117,14 +119,14 @@ struct SessionAction {
   SlotIndex slot;
   Attempt attempt;         // 0 for runners
   TrialId trial;           // of kSendTrial, kCancelTrial
-  size_t trial_index = 0;  // of kSendTrial: index in RoundPlan::trials
+  size_t trial_index = 0;  // of kSendTrial: index in SessionRound::trials
   uint32_t execution = 0;  // of kSendTrial: 1, or more after the runner died during this trial
 };
 
 struct SessionPlan {
   std::vector<SessionAction> actions;
   bool speak = false;  // the report changed in a way that the coordinator should hear of at once
-  bool exit = false;   // nothing is left to do: the worker may end
+  bool exit = false;   // nothing is left to do: stop the runners and end
   int64_t wake_at_ns = kNeverNs;  // call OnTick then, at the latest
 };
 
@@ -138,8 +140,8 @@ struct SessionOptions {
       30 * kNsPerSecond;  // a killed runner is gone within this, or its slot is lost
   int64_t restart_backoff_ns = kNsPerSecond / 2;  // after a failed start, doubled up to 32-fold
   int64_t drain_notice_ns = 3 * kNsPerSecond;     // wait at most so long for draining to be heard
-  uint32_t max_executions = 3;                    // of a trial, before its outcome is `crashed`
-  uint32_t max_start_failures = 3;                // in a row, before the slot gives up its attempt
+  uint32_t max_executions = limits::kRunnerDeathsPerTrial;  // of a trial
+  uint32_t max_start_failures = 3;  // in a row, before the slot gives up its attempt
   OutboxLimits outbox;
 };
 
@@ -179,7 +181,7 @@ class Session {
 
   // The coordinator answered report `generation`. Wishes are taken in order; repeated, stale and
   // unknown ones have no effect, and a slot that is not named is left as it is.
-  SessionPlan OnWishes(int64_t now_ns, uint64_t generation, std::span<const SlotWish> wishes);
+  SessionPlan OnWishes(int64_t now_ns, uint64_t generation, std::span<const SessionWish> wishes);
 
   // Files and model of the attempt are here, or why they cannot be had. Ignored if it is no longer
   // held.
@@ -217,18 +219,19 @@ class Session {
   // comes as a wish.
   void OnRefused(Attempt attempt);
 
-  // The next rows to send, of any slot; nothing when all have been sent.
+  // The next rows to send, of each slot in turn; nothing when all have been sent. If rows cannot be
+  // read back from disk, their attempt fails at the next OnTick.
   struct Batch {
     Attempt attempt;
     OutboxBatch rows;
   };
-  std::optional<Batch> NextBatch(int64_t now_ns);
+  std::optional<Batch> NextBatch();
 
   // The state to send now; each call is a new generation.
   SessionReport TakeReport();
 
   // The attempt that a slot holds; 0: none.
-  Attempt HeldAttempt(SlotIndex slot) const;
+  Attempt AttemptOf(SlotIndex slot) const;
 
   size_t slot_count() const { return slots_.size(); }
 
@@ -242,22 +245,24 @@ class Session {
   struct Running {
     int64_t deadline_ns = kNeverNs;
     int64_t kill_at_ns = kNeverNs;  // after a cancellation
-    bool outcome_seen = false;      // the runner's own outcome has been recorded
+    bool outcome_seen = false;      // the runner has sent its outcome
     std::optional<RecordEncoder::Outcome>
-        verdict;  // ours: further rows are dropped, and it is recorded at the end
+        verdict;  // ours: rows are dropped from here on, and it is recorded at the end
   };
 
   // An attempt.
   struct Held {
-    Holding report;  // its sequences are filled in when it is taken
-    RoundPlan round;
+    HeldAttempt report;  // its sequences are filled in when it is taken
+    SessionRound round;
     bool prepared = false;
     size_t trial_index = 0;   // trial that runs, or comes next; round.trials.size(): none is left
     uint32_t executions = 0;  // of that trial, begun
     std::optional<Running> running;
-    bool wait_for_room = false;        // after an overflow
-    bool forget_when_stopped = false;  // settled while something was still running
+    std::optional<HeldAttempt::Phase> ending;  // told to stop: the phase once nothing runs any more
+    bool forget_at_end = false;                // settled while something was still running
+    bool wait_for_room = false;                // after an overflow
     bool refused = false;
+    absl::Status spill_status;
     std::unique_ptr<Outbox> outbox;  // absent once its rows are forgotten
   };
 
@@ -265,43 +270,53 @@ class Session {
     SlotIndex index;
     SpillFile* spill = nullptr;
     RunnerState runner = RunnerState::kAbsent;
-    bool was_ready = false;       // some runner of this slot has said hello
+    bool greeted = false;         // this runner has said hello
+    bool ever_greeted = false;    // some runner of this slot has
     uint32_t start_failures = 0;  // in a row
     std::string start_failure;    // the last one
-    std::string misbehaviour;     // why we killed the runner, if its frames were the reason
+    std::string kill_reason;      // why we killed this runner, if it was the runner's fault
     int64_t start_at_ns = 0;      // of the next runner, while absent
     int64_t runner_deadline_ns = kNeverNs;  // starting: for its hello; stopping: for its exit
-    bool stuck = false;                     // killed, but still there past kill_grace_ns
+    bool stuck = false;                     // killed, but still there after kill_grace_ns
     std::optional<Held> held;
     Attempt newest;  // the largest attempt ever held; older ones are stale
   };
 
   Slot& At(SlotIndex slot);
   Held* FindHeld(Attempt attempt);
-  void Take(Slot& slot, const SlotWish& wish);
-  void Abandon(int64_t now_ns, Slot& slot, bool forget);
-  void EndAbandonment(Slot& slot);
-  void Fail(Slot& slot, std::string reason);
-  void Kill(int64_t now_ns, Slot& slot);
-  void AddRecord(int64_t now_ns, Slot& slot, RunnerRecord record);
-  void Overflow(int64_t now_ns, Slot& slot, const absl::Status& status);
-  void Cancel(int64_t now_ns, Slot& slot);
-  void EndTrial(Slot& slot);
-  void TrialDied(Slot& slot, const RunnerExit& exit);
+
+  // The coordinator's wishes.
+  void Take(Slot& slot, const SessionWish& wish);
+  void StopHeld(int64_t now_ns, Slot& slot, HeldAttempt::Phase phase, std::string reason);
+  void EndHeld(Slot& slot);
+  void Forget(Slot& slot);
+
+  // The runner's life.
+  bool WantsRunner(const Slot& slot) const;
+  bool IsBroken(const Slot& slot) const;
+  void Kill(int64_t now_ns, Slot& slot, std::string reason);
   void StartFailed(int64_t now_ns, Slot& slot, const RunnerExit& exit);
+
+  // A trial's life.
+  void SendTrial(int64_t now_ns, Slot& slot);
+  void AddRecord(int64_t now_ns, Slot& slot, RunnerRecord record);
+  void CancelTrial(int64_t now_ns, Slot& slot);
+  void TrialDied(Slot& slot, const RunnerExit& exit);
+  void EndTrial(Slot& slot);
+  void TimeOut(int64_t now_ns, Slot& slot);
+
+  void GiveUpKilling(int64_t now_ns, Slot& slot);
   void CheckDeadlines(int64_t now_ns, Slot& slot);
   void Advance(int64_t now_ns, Slot& slot);
-  void SendTrial(int64_t now_ns, Slot& slot);
-  void Forget(Slot& slot);
-  void Act(SessionAction::Kind kind, const Slot& slot);
-  bool Available(const Slot& slot) const;
   int64_t WakeAtNs(const Slot& slot) const;
   bool MayExit(int64_t now_ns) const;
-  SessionPlan Finish(int64_t now_ns);
+  void Act(SessionAction::Kind kind, const Slot& slot);
+  SessionPlan Conclude(int64_t now_ns);
 
   const SessionOptions options_;
   const RecordEncoder& encoder_;
   std::vector<Slot> slots_;
+  size_t next_slot_to_send_ = 0;
   SessionPlan plan_;  // of the event in hand
   uint64_t generation_ = 0;
   uint32_t shutdowns_ = 0;
