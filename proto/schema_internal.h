@@ -32,8 +32,8 @@ struct EnumNumber {
 };
 using Value = std::variant<bool, int64_t, uint64_t, double, EnumNumber, std::string>;
 
-// Reads `text` as a value of `field` and holds it to type, unit, range. On failure fills `what` and `remedy` of
-// `problem` and returns nothing.
+// Reads `text` as a value of `field` and holds it to type, unit, range. On failure fills `what` and
+// `remedy` of `problem` and returns nothing.
 std::optional<Value> ParseValue(const FieldDescriptor& field, absl::string_view text,
                                 Problem* problem);
 
@@ -72,7 +72,8 @@ std::vector<std::string> FieldNames(const Descriptor& descriptor);
 // Whether a message holds nothing but axes, so that these speak about the whole document.
 bool HoldsOnlyAxes(const Descriptor& descriptor);
 
-// Checks one axis and returns the field it names. `seen` problems go to `problems` under `field_path`.
+// Checks one axis and returns the field it names. `seen` problems go to `problems` under
+// `field_path`.
 const FieldDescriptor* FindAxisTarget(const Descriptor& root, absl::string_view path,
                                       Problem* problem);
 

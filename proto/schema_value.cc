@@ -52,8 +52,7 @@ std::optional<double> ParseReal(Unit unit, absl::string_view text) {
 
 std::optional<uint64_t> ParseCount(Unit unit, absl::string_view text) {
   if (unit == UNIT_BYTES || unit == UNIT_NANOSECONDS) {
-    absl::StatusOr<int64_t> number =
-        unit == UNIT_BYTES ? ParseBytes(text) : ParseDurationNs(text);
+    absl::StatusOr<int64_t> number = unit == UNIT_BYTES ? ParseBytes(text) : ParseDurationNs(text);
     if (!number.ok()) return std::nullopt;
     return static_cast<uint64_t>(*number);
   }
@@ -122,13 +121,15 @@ std::optional<double> AsNumber(const Value& value) {
 
 // A bound of a range for people. Bounds are doubles in the rule; units only round them for reading.
 std::string BoundText(Unit unit, double bound) {
-  if (unit == UNIT_BYTES) return absl::StrReplaceAll(FormatBytes(static_cast<int64_t>(bound)), {{" ", ""}});
+  if (unit == UNIT_BYTES)
+    return absl::StrReplaceAll(FormatBytes(static_cast<int64_t>(bound)), {{" ", ""}});
   if (unit == UNIT_NANOSECONDS) {
     return absl::StrReplaceAll(FormatDurationNs(static_cast<int64_t>(bound)), {{" ", ""}});
   }
-  const std::string number = std::abs(bound) >= 1 && std::abs(bound) < 1e15 && bound == std::floor(bound)
-                                 ? absl::StrCat(static_cast<int64_t>(bound))
-                                 : FormatNumber(bound);
+  const std::string number =
+      std::abs(bound) >= 1 && std::abs(bound) < 1e15 && bound == std::floor(bound)
+          ? absl::StrCat(static_cast<int64_t>(bound))
+          : FormatNumber(bound);
   return unit == UNIT_PER_SECOND ? absl::StrCat(number, "/s") : number;
 }
 
@@ -141,7 +142,8 @@ struct NamedUnit {
 template <size_t kCount>
 std::string ExactText(uint64_t number, const std::array<NamedUnit, kCount>& units) {
   for (const NamedUnit& unit : units) {
-    if (number != 0 && number % unit.factor == 0) return absl::StrCat(number / unit.factor, unit.name);
+    if (number != 0 && number % unit.factor == 0)
+      return absl::StrCat(number / unit.factor, unit.name);
   }
   return absl::StrCat(number);
 }
@@ -205,10 +207,12 @@ bool CheckRange(const FieldDescriptor& field, double number, Problem* problem) {
   }
   const std::string remedy = absl::StrCat("write a value ", RangeText(field));
   if (rule.has_min() && number < rule.min()) {
-    return Refuse(problem, absl::StrCat("below the minimum ", BoundText(rule.unit(), rule.min())), remedy);
+    return Refuse(problem, absl::StrCat("below the minimum ", BoundText(rule.unit(), rule.min())),
+                  remedy);
   }
   if (rule.has_max() && number > rule.max()) {
-    return Refuse(problem, absl::StrCat("above the maximum ", BoundText(rule.unit(), rule.max())), remedy);
+    return Refuse(problem, absl::StrCat("above the maximum ", BoundText(rule.unit(), rule.max())),
+                  remedy);
   }
   return true;
 }
@@ -228,9 +232,8 @@ const Rule& RuleOf(const FieldDescriptor& field) { return field.options().GetExt
 
 std::optional<Value> ParseValue(const FieldDescriptor& field, absl::string_view text,
                                 Problem* problem) {
-  const absl::string_view trimmed = field.cpp_type() == FieldDescriptor::CPPTYPE_STRING
-                                        ? text
-                                        : absl::StripAsciiWhitespace(text);
+  const absl::string_view trimmed =
+      field.cpp_type() == FieldDescriptor::CPPTYPE_STRING ? text : absl::StripAsciiWhitespace(text);
   const std::optional<Value> value = ParseByType(field, trimmed);
   if (!value) {
     std::string what = absl::StrCat("is not ", TypeText(field));
@@ -255,8 +258,9 @@ bool CheckValue(const FieldDescriptor& field, const Value& value, Problem* probl
   if (const auto* text = std::get_if<std::string>(&value)) return CheckText(field, *text, problem);
   if (const auto* number = std::get_if<EnumNumber>(&value)) {
     if (field.enum_type()->FindValueByNumber(number->number) != nullptr) return true;
-    return Refuse(problem, "is none of the choices",
-                  absl::StrCat("write one of ", absl::StrJoin(EnumNames(*field.enum_type()), ", ")));
+    return Refuse(
+        problem, "is none of the choices",
+        absl::StrCat("write one of ", absl::StrJoin(EnumNames(*field.enum_type()), ", ")));
   }
   const std::optional<double> number = AsNumber(value);
   return !number || CheckRange(field, *number, problem);
@@ -316,7 +320,8 @@ void SetValue(Message* message, const FieldDescriptor& field, const Value& value
     case FieldDescriptor::CPPTYPE_BOOL:
       return reflection.SetBool(message, &field, std::get<bool>(value));
     case FieldDescriptor::CPPTYPE_UINT32:
-      return reflection.SetUInt32(message, &field, static_cast<uint32_t>(std::get<uint64_t>(value)));
+      return reflection.SetUInt32(message, &field,
+                                  static_cast<uint32_t>(std::get<uint64_t>(value)));
     case FieldDescriptor::CPPTYPE_UINT64:
       return reflection.SetUInt64(message, &field, std::get<uint64_t>(value));
     case FieldDescriptor::CPPTYPE_DOUBLE:
@@ -343,8 +348,8 @@ std::optional<Value> DefaultOf(const FieldDescriptor& field) {
   if (rule.default_value().empty()) return std::nullopt;
   Problem problem;
   std::optional<Value> value = ParseValue(field, rule.default_value(), &problem);
-  KVSWEEP_CHECK(value.has_value()) << field.full_name() << ": default \"" << rule.default_value()
-                                   << "\" " << problem.what;
+  KVSWEEP_CHECK(value.has_value())
+      << field.full_name() << ": default \"" << rule.default_value() << "\" " << problem.what;
   return value;
 }
 
@@ -360,7 +365,8 @@ std::string EnumName(const EnumValueDescriptor& value) {
 
 std::vector<std::string> EnumNames(const EnumDescriptor& descriptor) {
   std::vector<std::string> names;
-  for (int i = 0; i < descriptor.value_count(); ++i) names.push_back(EnumName(*descriptor.value(i)));
+  for (int i = 0; i < descriptor.value_count(); ++i)
+    names.push_back(EnumName(*descriptor.value(i)));
   return names;
 }
 
@@ -431,7 +437,12 @@ bool IsValidUtf8(absl::string_view text) {
   for (size_t i = 0; i < text.size();) {
     const auto byte = [&](size_t at) { return static_cast<uint8_t>(text[at]); };
     const uint8_t lead = byte(i);
-    const size_t length = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
+    const size_t length = lead < 0x80   ? 1
+                          : lead < 0xC2 ? 0
+                          : lead < 0xE0 ? 2
+                          : lead < 0xF0 ? 3
+                          : lead < 0xF5 ? 4
+                                        : 0;
     if (length == 0 || i + length > text.size()) return false;
     for (size_t k = 1; k < length; ++k) {
       if ((byte(i + k) & 0xC0) != 0x80) return false;
