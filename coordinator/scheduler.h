@@ -235,11 +235,10 @@ class Scheduler {
   // X", ... Empty: something runs or nothing is left to run.
   std::string WaitingFor(ExperimentId experiment) const;
 
-  // The live attempt of a worker's slot; 0: none.
-  Attempt LiveAttempt(const WorkerId& worker, SlotIndex slot) const;
-
-  // Whether a batch of this attempt may come from this worker incarnation.
-  bool Owns(const WorkerId& worker, uint64_t incarnation, Attempt attempt) const;
+  // Whether a batch of this attempt may come from this worker incarnation: false if it is live for
+  // another. Of attempts that are not live nothing is known here; the store refuses or recognises
+  // their rows.
+  bool MayReport(const WorkerId& worker, uint64_t incarnation, Attempt attempt) const;
 
   const Roster& roster() const { return roster_; }
 
@@ -273,6 +272,8 @@ class Scheduler {
     SlotKey slot;
     uint64_t incarnation = 0;
     std::string machine;
+    TrialId trial;           // last reported as running; 0: none yet
+    int64_t missing_ns = 0;  // since when the worker does not report it; kNeverNs: it does
   };
 
   // Idle slots with equal offers. Ordered by devices first, so that small rounds take small slots.
@@ -305,6 +306,7 @@ class Scheduler {
 
   // Rounds and classes.
   Class* ClassFor(const RoundRequirement& requirement);
+  void UpdateHead(Class* round_class, std::optional<RoundId> old_head);
   void Enqueue(RoundId id, Round& round);
   void Dequeue(RoundId id, Round& round);
   void EndRound(RoundId id, RoundEnd end);
@@ -317,20 +319,24 @@ class Scheduler {
   std::optional<FinishRow> GiveUp(RoundId id, const Round& round) const;
 
   // Slots.
-  void Review(int64_t now_ns, const WorkerId& worker);
+  void TakeReport(int64_t now_ns, const RosterEntry& entry, Worker& worker);
+  void Review(const WorkerId& worker);
   void Offer(const SlotKey& key, Slot& slot, std::optional<SlotKind> kind);
-  std::optional<SlotWish> WishFor(SlotIndex index, const Slot& slot,
-                                  const std::optional<Holding>& holding) const;
   WorkerWish WishFor(const WorkerId& worker) const;
 
   // Handing out.
   void PassTime(int64_t now_ns);
   void HandOut(int64_t now_ns);
-  bool TryRound(int64_t now_ns, RoundId id);
-  std::optional<SlotKey> FindSlot(int64_t now_ns, const Round& round) const;
-  void Grant(RoundId id, const SlotKey& key);
+  void TryRound(int64_t now_ns, RoundId id);
+  std::optional<SlotKey> FindSlot(int64_t now_ns, const Round& round);
+  static bool Fits(const RoundRequirement& requirement, const SlotKind& kind);
+  int64_t PausedUntilNs(const Round& round, const WorkerId& worker) const;
+  void Grant(int64_t now_ns, RoundId id, const SlotKey& key);
   std::string WhyWaiting(const RoundRequirement& requirement) const;
   void Say(ExperimentId experiment, std::string text);
+
+  void CheckLeases() const;
+  void CheckQueues() const;
 
   const SchedulerOptions options_;
   Attempt next_attempt_;
