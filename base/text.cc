@@ -36,7 +36,8 @@ constexpr Unit kByteUnits[] = {
     {"TiB", 1099511627776.0},
 };
 constexpr Unit kDurationUnits[] = {
-    {"ns", 1}, {"us", 1e3}, {"ms", 1e6}, {"s", 1e9}, {"min", 60e9}, {"h", 3600e9}, {"d", 86400e9},
+    {"ns", 1},   {"us", 1e3},   {"ms", 1e6},   {"s", 1e9},
+    {"m", 60e9}, {"min", 60e9}, {"h", 3600e9}, {"d", 86400e9},
 };
 constexpr Unit kRateUnits[] = {{"/s", 1}, {"/min", 1.0 / 60}, {"/h", 1.0 / 3600}};
 

@@ -31,8 +31,8 @@ std::optional<std::string> NearestName(absl::string_view name,
 // number is bytes. The product must be a whole number of bytes.
 absl::StatusOr<int64_t> ParseBytes(absl::string_view text);
 
-// Nanoseconds: ns, us, ms, s, min, h, d. Only 0 may stand without a unit. Rounded to the nearest
-// ns.
+// Nanoseconds: ns, us, ms, s, m or min, h, d. Only 0 may stand without a unit. Rounded to the
+// nearest ns.
 absl::StatusOr<int64_t> ParseDurationNs(absl::string_view text);
 
 // Events per second: "4/s", "90/min", "10/h"; "inf" is infinity. Only 0 may stand without a unit.
