@@ -333,7 +333,7 @@ std::vector<NamedPath> FindNamedPaths(const Message& root) {
       if (RuleOf(field).axes()) {
         const Descriptor& target_root =
             HoldsOnlyAxes(descriptor) ? *root.GetDescriptor() : descriptor;
-        for (const Axis& axis : reflection.GetRepeatedPtrField<Axis>(message, &field)) {
+        for (const Axis& axis : reflection.GetRepeatedFieldRef<Axis>(message, &field)) {
           Problem problem;
           const FieldDescriptor* target = Resolve(target_root, axis.path(), &problem);
           if (target == nullptr) continue;

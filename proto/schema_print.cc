@@ -202,7 +202,7 @@ class MessageLayout {
   Tree Axes(const Message& message, const FieldDescriptor& field) const {
     const Descriptor& owner = *message.GetDescriptor();
     Tree map;
-    for (const Axis& axis : message.GetReflection()->GetRepeatedPtrField<Axis>(message, &field)) {
+    for (const Axis& axis : message.GetReflection()->GetRepeatedFieldRef<Axis>(message, &field)) {
       Problem problem;
       const FieldDescriptor* target =
           FindAxisTarget(HoldsOnlyAxes(owner) ? root_ : owner, axis.path(), &problem);
