@@ -23,9 +23,9 @@ const char* PresenceName(Presence presence) {
     case Presence::kConnected:
       return "connected";
     case Presence::kSilent:
-      return "silent";
+      return "lost, silent";
     case Presence::kDisconnected:
-      return "disconnected";
+      return "lost, disconnected";
     case Presence::kGone:
       return "gone";
   }

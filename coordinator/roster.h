@@ -79,7 +79,7 @@ enum class Presence {
   kGone,          // expired
 };
 
-// A short word for listings: "connected", "silent", "disconnected", "gone".
+// A few words for listings: "connected", "lost, silent", "lost, disconnected", "gone".
 const char* PresenceName(Presence presence);
 
 struct RosterEntry {

@@ -431,7 +431,7 @@ void Scheduler::PassTime(int64_t now_ns) {
     const RosterEntry* entry = roster_.Find(id);
     const absl::string_view name = id.value();
     if (entry != nullptr && entry->presence == Presence::kSilent) {
-      Say(ExperimentId(), absl::StrCat("worker ", name, " is silent"));
+      Say(ExperimentId(), absl::StrCat("worker ", name, " is silent: shown as lost"));
     } else if (entry == nullptr || entry->presence == Presence::kGone) {
       if (entry != nullptr) Say(ExperimentId(), absl::StrCat("worker ", name, " is lost"));
       TakeBackAll(now_ns, id, "the worker was lost");
