@@ -86,6 +86,9 @@ class KvManager {
   virtual void Release(RequestId request) = 0;
 
   virtual PreemptionMode preemption_mode() const = 0;
+  // kOffload: the latest Admit, Grow or Resume that failed lacked host memory, so that offloading
+  // others would not help.
+  virtual bool host_is_short() const { return false; }
   // Frees the device memory of a request whose prompt has ended (kOffload) or all of its memory.
   virtual void Preempt(RequestId request) = 0;
   // kOffload: takes device memory again for a preempted request that will hold `tokens` tokens.
@@ -183,14 +186,14 @@ class CacheStrategy {
 
   // A number that a captured step depends on beside its padded size, e.g. a count of tiles that
   // depends on the longest sequence.
-  virtual int32_t GraphKey(const StepView& step) const { return 0; }
+  virtual int32_t GraphKey(const StepView& /*step*/) const { return 0; }
 
   // Fills the strategy's arrays of the open step state, and enqueues what must precede the step (a
   // resumed request's copies).
   virtual void BeginStep(const StepView& step) = 0;
   // Before a layer's projections: x = the layer's normed input [rows, D]. Look-ahead for the next
   // layer starts here.
-  virtual void BeforeLayer(const StepView& step, int32_t layer, const Activations& x) {}
+  virtual void BeforeLayer(const StepView& /*step*/, int32_t /*layer*/, const Activations& /*x*/) {}
   // Position, append, select, fetch, attend, score, evict: out [rows, Hq, d]. May overwrite its
   // inputs.
   virtual void Attend(const StepView& step, int32_t layer, const AttentionInputs& inputs,
@@ -203,11 +206,16 @@ class CacheStrategy {
   virtual DecodeCounts CollectDecode(const StepView& step, size_t index,
                                      std::span<double> attended_by_layer) = 0;
   // Tokens that the end of a prompt of this shape drops.
-  virtual int32_t PromptEvictions(const RequestShape& shape) const { return 0; }
+  virtual int32_t PromptEvictions(const RequestShape& /*shape*/) const { return 0; }
+
+  // Tokens of a request that the arm keeps or reads at most (its budget C); -1: all.
+  virtual int32_t TokenBudget(const RequestShape& /*shape*/) const { return -1; }
 
   virtual EngagementRule engagement_rule() const { return {}; }
   // Whether the rule applies to a finished request of `tokens` tokens in all.
-  virtual bool EngagementExpected(const RequestShape& shape, int32_t tokens) const { return false; }
+  virtual bool EngagementExpected(const RequestShape& /*shape*/, int32_t /*tokens*/) const {
+    return false;
+  }
 
   // Figures about the whole trial that belong to this strategy alone: name, unit, value.
   struct Figure {
