@@ -337,8 +337,9 @@ void Session::Kill(int64_t now_ns, Slot& slot, std::string reason) {
   if (slot.runner != RunnerState::kStarting && slot.runner != RunnerState::kReady) return;
   slot.runner = RunnerState::kStopping;
   slot.runner_deadline_ns = After(now_ns, options_.kill_grace_ns);
-  slot.kill_reason = std::move(reason);
   Act(SessionAction::Kind::kStopRunner, slot);
+  plan_.actions.back().reason = reason;
+  slot.kill_reason = std::move(reason);
 }
 
 void Session::StartFailed(int64_t now_ns, Slot& slot, const RunnerExit& exit) {
@@ -470,7 +471,7 @@ void Session::TimeOut(int64_t now_ns, Slot& slot) {
                          options_.trial_grace_ns / kNsPerMs, " ms of grace, and was killed"),
         .phase = held.report.trial_phase};
   }
-  Kill(now_ns, slot, "");
+  Kill(now_ns, slot, "the trial passed its limits");
 }
 
 void Session::CheckDeadlines(int64_t now_ns, Slot& slot) {
@@ -488,7 +489,7 @@ void Session::CheckDeadlines(int64_t now_ns, Slot& slot) {
   }
   if (slot.runner != RunnerState::kReady || now_ns < WakeAtNs(slot)) return;
   if (now_ns >= slot.held->running->kill_at_ns) {
-    Kill(now_ns, slot, "");
+    Kill(now_ns, slot, "the trial went on after it was cancelled");
   } else {
     TimeOut(now_ns, slot);
   }

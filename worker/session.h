@@ -121,6 +121,7 @@ struct SessionAction {
   TrialId trial;           // of kSendTrial, kCancelTrial
   size_t trial_index = 0;  // of kSendTrial: index in SessionRound::trials
   uint32_t execution = 0;  // of kSendTrial: 1, or more after the runner died during this trial
+  std::string reason;      // of kStopRunner
 };
 
 struct SessionPlan {
