@@ -27,6 +27,7 @@ using Tensors = std::map<std::string, TensorView, std::less<>>;
 static_assert(std::endian::native == std::endian::little,
               "tensors are read in place, as little endian");
 
+constexpr int kMaxJsonDepth = 8;
 constexpr size_t kLengthBytes = sizeof(uint64_t);
 constexpr absl::string_view kIndexName = "model.safetensors.index.json";
 constexpr absl::string_view kSingleName = "model.safetensors";
@@ -49,12 +50,17 @@ absl::Status Damaged(absl::string_view file, absl::string_view what) {
   return absl::DataLossError(absl::StrCat(file, ": ", what));
 }
 
-// Parses JSON and refuses a key that occurs twice in one object, where the
-// usual reading would silently keep the last.
+// Parses JSON and refuses a key that occurs twice in one object, where the usual reading would
+// silently keep the last, and nesting that no sound file has.
 absl::StatusOr<json> ParseStrictJson(absl::string_view text, absl::string_view file) {
   std::vector<std::set<std::string>> open_objects;
   std::optional<std::string> repeated;
-  const auto check_keys = [&](int, json::parse_event_t event, json& parsed) {
+  bool too_deep = false;
+  const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
+    if (too_deep || depth > kMaxJsonDepth) {
+      too_deep = true;
+      return false;  // drop the value, read on
+    }
     if (event == json::parse_event_t::object_start) {
       open_objects.emplace_back();
     } else if (event == json::parse_event_t::object_end) {
@@ -65,12 +71,11 @@ absl::StatusOr<json> ParseStrictJson(absl::string_view text, absl::string_view f
     }
     return true;
   };
-  json value = json::parse(text.begin(), text.end(), check_keys,
-                           /*allow_exceptions=*/false);
+  json value = json::parse(text.begin(), text.end(), check, /*allow_exceptions=*/false);
   if (repeated.has_value()) {
     return Damaged(file, absl::StrCat("\"", *repeated, "\" occurs twice"));
   }
-  if (!value.is_object()) return Damaged(file, "header is not a JSON object");
+  if (too_deep || !value.is_object()) return Damaged(file, "its JSON is no object, or damaged");
   return value;
 }
 

@@ -41,11 +41,11 @@ class Tokenizer {
   virtual std::optional<int32_t> bos_id() const = 0;
   virtual std::optional<int32_t> eos_id() const = 0;
 
-  // The ids of `text`. Bytes that are not UTF-8 are read as U+FFFD, as
-  // SentencePiece does; every other text comes back from Decode unchanged
-  // unless the model itself normalises whitespace. Special tokens are never
-  // recognised inside a text. An empty text has no ids (but BOS if asked for).
-  // The first n ids do not depend on `max_tokens`. Takes O(n log n).
+  // The ids of `text`. Bytes that are not UTF-8 are read as U+FFFD, as SentencePiece does; every
+  // other text comes back from Decode unchanged, unless the model itself tidies whitespace, or the
+  // text holds the mark U+2581 that SentencePiece writes for a space. Special tokens are never
+  // recognised inside a text. An empty text has no ids (but BOS if asked for). The first n ids do
+  // not depend on `max_tokens`. Takes O(n log n).
   virtual std::vector<int32_t> Encode(absl::string_view text,
                                       const EncodeOptions& options) const = 0;
 

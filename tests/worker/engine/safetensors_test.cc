@@ -95,8 +95,10 @@ TEST(SafetensorsTest, RefusesDamagedHeaders) {
   EXPECT_EQ(ParseSafetensors(AsBytes(std::string(16, '\xff')), "m.safetensors").status().ToString(),
             "DATA_LOSS: m.safetensors: header is said to take 18446744073709551615 bytes; at most "
             "8 are possible");
-  EXPECT_EQ(Refusal("{\"a\":", 0), "DATA_LOSS: m.safetensors: header is not a JSON object");
-  EXPECT_EQ(Refusal("[]", 0), "DATA_LOSS: m.safetensors: header is not a JSON object");
+  EXPECT_EQ(Refusal("{\"a\":", 0), "DATA_LOSS: m.safetensors: its JSON is no object, or damaged");
+  EXPECT_EQ(Refusal(absl::StrCat("{\"a\":", std::string(100000, '['), "{\"b\":1}"), 0),
+            "DATA_LOSS: m.safetensors: its JSON is no object, or damaged");
+  EXPECT_EQ(Refusal("[]", 0), "DATA_LOSS: m.safetensors: its JSON is no object, or damaged");
   EXPECT_EQ(Refusal(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},
                         "a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
                     8),

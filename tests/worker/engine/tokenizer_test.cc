@@ -347,14 +347,10 @@ TEST(TokenizerTest, RefusesDamagedModels) {
 TEST(TokenizerTest, RefusesDamagedLlama2cFiles) {
   const std::string sound = ReadOrDie("experiments/models/stories260K/tok512.bin");
   EXPECT_TRUE(ParseLlama2cTokenizer(sound, "tok512.bin").ok());
-  for (const size_t length : {0u, 3u, 11u, 6000u}) {
-    EXPECT_EQ(ParseLlama2cTokenizer(sound.substr(0, length), "tok512.bin").status().code(),
-              length == 6000u || length < 12u ? absl::StatusCode::kInvalidArgument
-                                              : absl::StatusCode::kOk)
-        << length;
+  for (const size_t length : {0, 3, 11, 6000}) {
+    EXPECT_EQ(ParseLlama2cTokenizer(sound.substr(0, length), "tok512.bin").status().ToString(),
+              "INVALID_ARGUMENT: tok512.bin is not a llama2.c tokenizer, or is damaged");
   }
-  EXPECT_EQ(ParseLlama2cTokenizer("\x01", "tok512.bin").status().ToString(),
-            "INVALID_ARGUMENT: tok512.bin is not a llama2.c tokenizer, or is damaged");
 }
 
 // Whatever bytes change, a model is refused or works on any text.
