@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "experiments/files.h"
 #include "proto/experiment.pb.h"
@@ -35,9 +36,6 @@ namespace kvsweep {
 // Version of the method of measuring. A change that makes equal specs give other numbers bumps it;
 // it is part of every content key and stands in every row.
 inline constexpr uint32_t kMethodVersion = 1;
-
-// Trials of one experiment at most.
-inline constexpr uint64_t kMaxTrials = 1'000'000;
 
 // One point of the sweep.
 struct Cell {
@@ -50,7 +48,7 @@ struct Cell {
 struct PlannedRound {
   uint64_t index = 0;
   TrialSpec::Kind kind = TrialSpec::KIND_LOAD;
-  size_t cell = 0;
+  uint64_t cell = 0;
   uint32_t repeat = 0;
   uint32_t group = 0;        // which part of the arms, when one round cannot hold them all
   RoundSpec spec;            // trials with content keys, trial_id unset
@@ -69,8 +67,9 @@ class Matrix {
 
   const std::vector<Arm>& arms() const { return arms_; }  // expanded; defaults filled in
   size_t reference() const { return reference_; }         // index into arms()
-  const std::vector<Cell>& cells() const { return cells_; }
-  uint32_t repeats() const { return repeats_; }
+  uint64_t cell_count() const { return cell_count_; }
+  Cell CellAt(uint64_t index) const;  // REQUIRES: index < cell_count()
+  uint64_t repeats() const { return repeats_; }
 
   uint64_t round_count() const { return load_rounds() + quality_.size(); }
   uint64_t trial_count() const;
@@ -79,24 +78,27 @@ class Matrix {
   PlannedRound RoundAt(uint64_t index) const;
 
   // The complete spec of a trial, defaults filled in.
-  TrialSpec LoadTrial(size_t arm, size_t cell, uint32_t repeat) const;
-  TrialSpec QualityTrial(size_t arm, size_t cell) const;
+  TrialSpec LoadTrial(size_t arm, uint64_t cell, uint32_t repeat) const;
+  TrialSpec QualityTrial(size_t arm, uint64_t cell) const;
   bool has_quality() const { return has_quality_; }
 
  private:
   Matrix() = default;
   uint64_t groups() const;
-  uint64_t load_rounds() const { return uint64_t{repeats_} * cells_.size() * groups(); }
+  uint64_t load_rounds() const { return repeats_ * cell_count_ * groups(); }
   std::vector<size_t> GroupArms(uint64_t group) const;
-  TrialSpec BaseTrial(size_t arm, size_t cell) const;
+  TrialSpec BaseTrial(size_t arm, uint64_t cell) const;
+  absl::Status ExpandArms(const Experiment& experiment);
+  absl::Status CheckCombinations() const;
   void FindQualityTrials();
 
   Experiment experiment_;  // defaults filled in, arms and sweep removed
   ExperimentInputs inputs_;
   std::vector<Arm> arms_;
-  std::vector<Cell> cells_;
+  std::vector<Axis> axes_;
+  uint64_t cell_count_ = 1;
   size_t reference_ = 0;
-  uint32_t repeats_ = 0;
+  uint64_t repeats_ = 0;
   uint32_t round_arms_ = 0;
   bool has_quality_ = false;
   std::vector<std::pair<size_t, size_t>>

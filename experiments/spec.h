@@ -53,6 +53,10 @@ void CheckExperiment(const Experiment& experiment, ProblemList* problems);
 // `prefix` goes before the field paths.
 void CheckTrial(const TrialSpec& trial, absl::string_view prefix, ProblemList* problems);
 
+// Fills in the defaults of the arm's own strategy block (made if it is not written), and of nothing
+// else: what arm.kv overrides stays what was written.
+void ApplyArmDefaults(Arm* arm);
+
 // The process's environment.
 Environment SystemEnvironment();
 

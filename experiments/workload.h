@@ -49,7 +49,7 @@ absl::StatusOr<std::vector<TraceRow>> ParseAzureTrace(absl::string_view text,
 struct WorkloadInputs {
   uint32_t context_tokens = 0;  // longest sequence that the model takes
   uint32_t vocabulary = 0;
-  std::optional<int32_t> bos_id;  // put before each prompt that is cut from a text
+  std::optional<int32_t> bos_id;  // put before each prompt
   std::span<const int32_t>
       text_ids;  // the tokenised text without BOS; empty: ids are drawn uniformly
   std::span<const TraceRow> trace;  // the rows of lengths.trace; empty when lengths are fixed

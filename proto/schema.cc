@@ -245,6 +245,14 @@ void ProblemList::Add(Problem problem) {
   problems_.push_back(std::move(problem));
 }
 
+ProblemList ProblemList::Located(const SourceMap& places) const {
+  ProblemList located = *this;
+  for (Problem& problem : located.problems_) {
+    if (problem.place.line == 0) problem.place = places.Find(problem.field);
+  }
+  return located;
+}
+
 absl::Status ProblemList::ToStatus(absl::string_view source) const {
   if (problems_.empty()) return absl::OkStatus();
   std::vector<const Problem*> ordered;

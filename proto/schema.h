@@ -68,6 +68,9 @@ class ProblemList {
   bool empty() const { return problems_.empty(); }
   const std::vector<Problem>& problems() const { return problems_; }
 
+  // A copy in which every problem without a place has the place of its field.
+  ProblemList Located(const SourceMap& places) const;
+
   // Ok, or InvalidArgument whose message is one line for each problem, in the order of the text.
   absl::Status ToStatus(absl::string_view source) const;
 

@@ -1,0 +1,400 @@
+#include "experiments/spec.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <set>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "base/file.h"
+#include "base/limits.h"
+#include "base/status_macros.h"
+#include "base/text.h"
+
+namespace kvsweep {
+namespace {
+
+// Groups of the spec that a sweep may vary.
+constexpr absl::string_view kSweepable[] = {"load.", "kv.", "engine."};
+
+// Reports problems under a common prefix.
+class Reporter {
+ public:
+  Reporter(std::string prefix, ProblemList* problems)
+      : prefix_(std::move(prefix)), problems_(*problems) {}
+
+  void Add(absl::string_view field, std::string what, std::string remedy) const {
+    problems_.Add(
+        {.field = absl::StrCat(prefix_, prefix_.empty() || field.empty() ? "" : ".", field),
+         .what = std::move(what),
+         .remedy = std::move(remedy)});
+  }
+
+  // A setting that would be recorded and never take effect.
+  void Useless(bool written, absl::string_view field, absl::string_view why) const {
+    if (written) Add(field, absl::StrCat("has no effect: ", why), "remove it");
+  }
+
+ private:
+  const std::string prefix_;
+  ProblemList& problems_;
+};
+
+std::string Join(absl::string_view prefix, absl::string_view name) {
+  return absl::StrCat(prefix, prefix.empty() ? "" : ".", name);
+}
+
+void CheckName(const std::string& name, absl::string_view field, ProblemList* problems) {
+  const bool sound = !name.empty() && name.size() <= limits::kNameLength &&
+                     std::all_of(name.begin(), name.end(), [](char c) {
+                       return absl::ascii_isalnum(c) || c == '-' || c == '_' || c == '.';
+                     });
+  if (sound) return;
+  problems->Add({.field = std::string(field),
+                 .value = name,
+                 .what = "is not a name",
+                 .remedy = absl::StrCat("use 1 to ", limits::kNameLength,
+                                        " letters, digits, '-', '_' and '.'")});
+}
+
+void CheckModel(const Model& model, const std::string& path, ProblemList* problems) {
+  const Reporter report(path, problems);
+  if (model.has_path() == model.has_shape()) {
+    report.Add("", model.has_path() ? "names both path and shape" : "names neither path nor shape",
+               "give exactly one of them");
+  } else if (model.has_shape() && model.weights() != Model::WEIGHTS_RANDOM) {
+    report.Add("weights", "a shape has no trained weights", "write \"weights: random\", or a path");
+  }
+  report.Useless(model.weights() != Model::WEIGHTS_RANDOM && model.has_weights_seed() &&
+                     model.weights_seed() != 1,
+                 "weights_seed", "weights are trained");
+}
+
+void CheckArrivals(const Arrivals& arrivals, const std::string& path, ProblemList* problems) {
+  const Reporter report(path, problems);
+  const bool closed = arrivals.process() == Arrivals::PROCESS_CLOSED;
+  const bool poisson = arrivals.process() == Arrivals::PROCESS_POISSON;
+  if (poisson && !arrivals.has_rate()) {
+    report.Add("rate", "missing", "poisson arrivals need a mean rate, such as 4/s");
+  }
+  report.Useless(!poisson && arrivals.has_rate(), "rate", "only poisson arrivals have a rate");
+  if (closed && !arrivals.has_concurrency()) {
+    report.Add("concurrency", "missing", "a closed loop needs the number of requests in flight");
+  }
+  report.Useless(!closed && arrivals.has_concurrency(), "concurrency",
+                 "only a closed loop has a concurrency");
+}
+
+void CheckLengths(const Lengths& lengths, const std::string& path, ProblemList* problems) {
+  const Reporter report(path, problems);
+  const bool fixed = lengths.has_input() || lengths.has_output();
+  if (lengths.has_trace() == fixed) {
+    report.Add("", fixed ? "names both a trace and fixed lengths" : "names no lengths",
+               "give either \"trace\", or \"input\" and \"output\"");
+  } else if (fixed && !(lengths.has_input() && lengths.has_output())) {
+    report.Add(lengths.has_input() ? "output" : "input", "missing",
+               "fixed lengths need input and output");
+  } else if (fixed) {
+    const uint64_t total = uint64_t{lengths.input()} + lengths.output();
+    if (lengths.has_max_total() && total > lengths.max_total()) {
+      report.Add("max_total",
+                 absl::StrCat("input ", lengths.input(), " and output ", lengths.output(),
+                              " do not fit ", lengths.max_total()),
+                 absl::StrCat("write at least ", total));
+    }
+    report.Useless(lengths.has_scale() && lengths.scale() != 1, "scale", "lengths are fixed");
+    report.Useless(lengths.has_max_output(), "max_output", "the output length is fixed");
+  }
+}
+
+void CheckKv(const Kv& kv, const std::string& path, ProblemList* problems) {
+  if (kv.has_device_bytes()) return;
+  Reporter(path, problems)
+      .Add("device_bytes", "missing", "give the device memory for the KV cache, such as 12MiB");
+}
+
+void CheckEngine(const Engine& engine, const std::string& path, ProblemList* problems) {
+  const Reporter report(path, problems);
+  if (engine.max_num_batched_tokens() < engine.max_num_seqs()) {
+    report.Add("max_num_batched_tokens",
+               absl::StrCat("a step of ", engine.max_num_batched_tokens(),
+                            " tokens cannot hold one of each of ", engine.max_num_seqs(),
+                            " running requests"),
+               "raise it, or lower max_num_seqs");
+  }
+  report.Useless(engine.time() == Engine::TIME_REAL && engine.device_profile() != "h200",
+                 "device_profile", "time is real");
+}
+
+// budget_base and budget_tokens of a strategy's block.
+template <typename Block>
+void CheckBudgetBase(const Block& block, const Reporter& report) {
+  const bool fixed = block.budget_base() == BUDGET_BASE_FIXED;
+  if (fixed && !block.has_budget_tokens()) {
+    report.Add("budget_tokens", "missing", "budget_base: fixed needs its number of tokens");
+  }
+  report.Useless(!fixed && block.has_budget_tokens(), "budget_tokens",
+                 "budget_base is not \"fixed\"");
+}
+
+void CheckH2o(const H2o& h2o, const std::string& path, ProblemList* problems) {
+  const Reporter report(path, problems);
+  const double total = h2o.heavy_ratio() + h2o.recent_ratio();
+  // Sums of decimal fractions miss 1 by a rounding.
+  if (total > 1 + 1e-9 || total <= 0) {
+    report.Add("", absl::StrCat("heavy_ratio and recent_ratio add up to ", FormatNumber(total)),
+               "their sum must lie above 0 and not exceed 1");
+  }
+  CheckBudgetBase(h2o, report);
+}
+
+void CheckArm(const Arm& arm, const std::string& path, ProblemList* problems) {
+  const Reporter report(path, problems);
+  const std::vector<std::string> names = StrategyNames(*Arm::descriptor());
+  if (std::find(names.begin(), names.end(), arm.strategy()) == names.end()) {
+    const std::optional<std::string> nearest = NearestName(arm.strategy(), names);
+    problems->Add({.field = Join(path, "strategy"),
+                   .value = arm.strategy(),
+                   .what = "no such strategy",
+                   .remedy = nearest ? absl::StrCat("did you mean \"", *nearest, "\"?")
+                                     : absl::StrCat("known are ", absl::StrJoin(names, ", "))});
+    return;
+  }
+  for (const std::string& name : names) {
+    const auto* field = Arm::descriptor()->FindFieldByName(name);
+    report.Useless(name != arm.strategy() && arm.GetReflection()->HasField(arm, field), name,
+                   absl::StrCat("the arm's strategy is ", arm.strategy()));
+  }
+  if (arm.strategy() == "h2o") CheckH2o(arm.h2o(), Join(path, "h2o"), problems);
+  if (arm.strategy() == "infinigen") {
+    CheckBudgetBase(arm.infinigen(), Reporter(Join(path, "infinigen"), problems));
+  }
+}
+
+void CheckQuality(const Quality& quality, const Model& model, bool has_text,
+                  const std::string& path, ProblemList* problems) {
+  const Reporter report(path, problems);
+  if (model.weights() == Model::WEIGHTS_RANDOM) {
+    report.Add("", "random weights have no quality", "remove the block, or name trained weights");
+  }
+  if (!has_text) report.Add("text", "missing", "give a text to score, here or as load.text");
+  if (quality.prefill() >= quality.context()) {
+    report.Add("prefill",
+               absl::StrCat("a prefill of ", quality.prefill(), " leaves nothing of a window of ",
+                            quality.context(), " to score"),
+               "write less than context");
+  }
+  if (quality.text_tokens() < quality.context()) {
+    report.Add("text_tokens",
+               absl::StrCat(quality.text_tokens(), " tokens are less than one window of ",
+                            quality.context()),
+               "write at least context");
+  }
+}
+
+// -------------------------------------------------------------------------------------- axes
+
+bool IsSweepable(absl::string_view path) {
+  return std::any_of(std::begin(kSweepable), std::end(kSweepable),
+                     [&](absl::string_view group) { return absl::StartsWith(path, group); });
+}
+
+void CheckSweep(const Experiment& experiment, ProblemList* problems) {
+  for (const Axis& axis : experiment.sweep().grid()) {
+    const Reporter report(absl::StrCat("sweep.grid.", axis.path()), problems);
+    if (!IsSweepable(axis.path())) {
+      report.Add("", "cannot be an axis of the sweep",
+                 "vary load, kv or engine here and arms by arms[].grid; write one spec for each "
+                 "model");
+    } else if (axis.path() == "load.arrivals.seed") {
+      report.Add("", "cannot be an axis: all cells share their seeds", "use repeats");
+    }
+  }
+}
+
+// What an arm sets for itself cannot be varied from outside.
+void CheckArmAxes(const Experiment& experiment, const Arm& arm, const std::string& path,
+                  ProblemList* problems) {
+  std::set<std::string> own;
+  for (const Axis& axis : arm.grid()) {
+    own.insert(axis.path());
+    if (absl::StartsWith(axis.path(), "kv.") ||
+        absl::StartsWith(axis.path(), absl::StrCat(arm.strategy(), "."))) {
+      continue;
+    }
+    Reporter(absl::StrCat(path, ".grid.", axis.path()), problems)
+        .Add("", "cannot be an axis of this arm",
+             absl::StrCat("vary fields of ", arm.strategy(), " or kv"));
+  }
+  for (const Axis& axis : experiment.sweep().grid()) {
+    if (!absl::StartsWith(axis.path(), "kv.")) continue;
+    const auto* field = Kv::descriptor()->FindFieldByName(axis.path().substr(3));
+    const bool set = field != nullptr && arm.kv().GetReflection()->HasField(arm.kv(), field);
+    if (!set && !own.contains(axis.path())) continue;
+    Reporter(path, problems)
+        .Add(axis.path(), "overrides what the sweep varies, so that its cells would be equal",
+             "remove one of the two");
+  }
+}
+
+// The values of each axis that come first: with them, the spec is one trial that can be judged.
+template <typename M, typename Axes>
+void ApplyFirstValues(const Axes& axes, M* message) {
+  for (const Axis& axis : axes) {
+    // Unsound axes have been reported by their own check.
+    if (axis.values_size() > 0) SetField(message, axis.path(), axis.values(0)).IgnoreError();
+  }
+}
+
+void CheckReference(const Experiment& experiment, ProblemList* problems) {
+  if (!experiment.has_reference()) return;
+  std::vector<std::string> names;
+  for (const Arm& arm : experiment.arms()) {
+    names.push_back(arm.name());
+    if (experiment.reference() == arm.name() ||
+        (arm.grid_size() > 0 && absl::StartsWith(experiment.reference(), arm.name() + "/"))) {
+      return;
+    }
+  }
+  problems->Add({.field = "reference",
+                 .value = experiment.reference(),
+                 .what = "names no arm",
+                 .remedy = absl::StrCat("write one of ", absl::StrJoin(names, ", "))});
+}
+
+// ------------------------------------------------------------------------------------ loading
+
+absl::Status ApplyOverrides(const std::vector<std::string>& overrides, Experiment* experiment) {
+  for (const std::string& text : overrides) {
+    const std::pair<std::string, std::string> parts = absl::StrSplit(text, absl::MaxSplits('=', 1));
+    if (!absl::StrContains(text, '=')) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("override \"", text, "\": write path=value, such as kv.device_bytes=12MiB"));
+    }
+    RETURN_IF_ERROR(Annotate(SetField(experiment, parts.first, parts.second), "override"));
+    for (const Axis& axis : experiment->sweep().grid()) {
+      if (axis.path() != parts.first) continue;
+      return absl::InvalidArgumentError(absl::StrCat(
+          "override: ", parts.first, ": has no effect, since the sweep varies it; edit the sweep"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Reads and checks a text; `places` receives where its fields stand.
+absl::StatusOr<Experiment> Parse(absl::string_view text, absl::string_view source,
+                                 const LoadOptions& options, SourceMap* places) {
+  ProblemList problems;
+  Experiment experiment;
+  if (!ReadText(text, {.environment = options.environment}, &experiment, places, &problems)) {
+    return problems.ToStatus(source);
+  }
+  RETURN_IF_ERROR(ApplyOverrides(options.overrides, &experiment));
+  CheckExperiment(experiment, &problems);
+  RETURN_IF_ERROR(problems.Located(*places).ToStatus(source));
+  return experiment;
+}
+
+}  // namespace
+
+void ApplyArmDefaults(Arm* arm) {
+  const std::vector<std::string> names = StrategyNames(*Arm::descriptor());
+  if (std::find(names.begin(), names.end(), arm->strategy()) == names.end()) return;
+  const auto* field = Arm::descriptor()->FindFieldByName(arm->strategy());
+  ApplyDefaults(arm->GetReflection()->MutableMessage(arm, field));
+}
+
+void CheckTrial(const TrialSpec& trial, absl::string_view prefix, ProblemList* problems) {
+  CheckModel(trial.model(), Join(prefix, "model"), problems);
+  CheckKv(trial.kv(), Join(prefix, "kv"), problems);
+  CheckEngine(trial.engine(), Join(prefix, "engine"), problems);
+  CheckArm(trial.arm(), Join(prefix, "arm"), problems);
+  if (trial.kind() == TrialSpec::KIND_QUALITY) {
+    CheckQuality(trial.quality(), trial.model(), trial.quality().has_text(),
+                 Join(prefix, "quality"), problems);
+  } else {
+    CheckArrivals(trial.load().arrivals(), Join(prefix, "load.arrivals"), problems);
+    CheckLengths(trial.load().lengths(), Join(prefix, "load.lengths"), problems);
+  }
+}
+
+void CheckExperiment(const Experiment& experiment, ProblemList* problems) {
+  CheckName(experiment.name(), "name", problems);
+  CheckSweep(experiment, problems);
+  CheckReference(experiment, problems);
+
+  Experiment first = experiment;
+  first.mutable_engine();
+  ApplyFirstValues(experiment.sweep().grid(), &first);
+  CheckModel(first.model(), "model", problems);
+  CheckArrivals(first.load().arrivals(), "load.arrivals", problems);
+  CheckLengths(first.load().lengths(), "load.lengths", problems);
+  ApplyDefaults(first.mutable_engine());
+  CheckEngine(first.engine(), "engine", problems);
+  if (first.has_quality()) {
+    ApplyDefaults(first.mutable_quality());
+    CheckQuality(first.quality(), first.model(),
+                 first.quality().has_text() || first.load().has_text(), "quality", problems);
+  }
+
+  std::set<std::string> names;
+  bool every_arm_has_bytes = true;
+  for (int i = 0; i < experiment.arms_size(); ++i) {
+    const std::string path = absl::StrCat("arms[", i, "]");
+    Arm arm = experiment.arms(i);
+    CheckName(arm.name(), absl::StrCat(path, ".name"), problems);
+    if (!names.insert(arm.name()).second) {
+      problems->Add({.field = absl::StrCat(path, ".name"),
+                     .value = arm.name(),
+                     .what = "is the name of another arm",
+                     .remedy = "name each arm differently"});
+    }
+    CheckArmAxes(experiment, arm, path, problems);
+    ApplyFirstValues(experiment.arms(i).grid(), &arm);
+    ApplyArmDefaults(&arm);
+    CheckArm(arm, path, problems);
+    every_arm_has_bytes = every_arm_has_bytes && arm.kv().has_device_bytes();
+  }
+  if (!every_arm_has_bytes) CheckKv(first.kv(), "kv", problems);
+}
+
+absl::Status ValidateExperiment(const Experiment& experiment) {
+  ProblemList problems;
+  CheckMessage(experiment, "", &problems);
+  if (problems.empty()) CheckExperiment(experiment, &problems);
+  return problems.ToStatus("experiment");
+}
+
+absl::StatusOr<Experiment> ParseExperiment(absl::string_view text, absl::string_view source,
+                                           const LoadOptions& options) {
+  SourceMap places;
+  return Parse(text, source, options, &places);
+}
+
+absl::StatusOr<LoadedExperiment> LoadExperiment(const std::string& path,
+                                                const LoadOptions& options) {
+  LoadedExperiment loaded;
+  ASSIGN_OR_RETURN(loaded.text, ReadFile(path, limits::kSpecFileBytes));
+  loaded.source = path;
+  SourceMap places;
+  ASSIGN_OR_RETURN(loaded.experiment, Parse(loaded.text, path, options, &places));
+  ProblemList problems;
+  loaded.resolved = ResolveInputs(loaded.experiment,
+                                  std::filesystem::path(path).parent_path().string(), &problems);
+  RETURN_IF_ERROR(problems.Located(places).ToStatus(path));
+  return loaded;
+}
+
+Environment SystemEnvironment() {
+  return [](absl::string_view name) -> std::optional<std::string> {
+    const char* value = std::getenv(std::string(name).c_str());
+    if (value == nullptr) return std::nullopt;
+    return std::string(value);
+  };
+}
+
+}  // namespace kvsweep
