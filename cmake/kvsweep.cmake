@@ -19,7 +19,8 @@ function(kvsweep_configure_target target)
   target_include_directories(${target} SYSTEM PRIVATE ${kvsweep_generated_dir})
   # -Wrestrict is off: g++ 12 sees overlap in plain assignments to std::string (GCC bug 105651).
   # -Wmissing-field-initializers is off: options structs are initialised by the fields that differ from the default.
-  target_compile_options(${target} PRIVATE -Wall -Wextra -Wno-restrict -Wno-missing-field-initializers
+  # -Wunused-parameter is off: hooks and overrides keep the names of what they do not need; the names document.
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wno-restrict -Wno-missing-field-initializers -Wno-unused-parameter
                          $<$<BOOL:${KVSWEEP_WERROR}>:-Werror>)
 endfunction()
 

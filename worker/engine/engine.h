@@ -8,6 +8,7 @@
 #define KVSWEEP_WORKER_ENGINE_ENGINE_H_
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -44,13 +45,20 @@ class Model {
   const ModelWeights& weights() const { return weights_; }
   ModelShape shape() const;
 
+  // Skewing computed for this model so far, by calibration ids; grows only while trials are
+  // prepared.
+  using SkewingCache = std::map<std::vector<int32_t>, std::shared_ptr<const Skewing>>;
+  SkewingCache& skewing_cache() const { return *skewing_cache_; }
+
  private:
-  Model(Backend* backend, ModelConfig config) : backend_(backend), config_(std::move(config)) {}
+  Model(Backend* backend, const ModelConfig& config);
+  FloatAllocator Allocator();
 
   Backend* backend_;
   ModelConfig config_;
   ModelWeights weights_;
   std::byte* memory_ = nullptr;
+  std::unique_ptr<SkewingCache> skewing_cache_;
 };
 
 enum class LogitsMode {
@@ -82,14 +90,22 @@ struct StepResult {
 
 class Engine {
  public:
+  using StrategyFactory =
+      std::function<absl::StatusOr<std::unique_ptr<CacheStrategy>>(const StrategyContext&)>;
+
   // Builds the arm's strategy and all buffers for one trial. `calibration` is what a strategy that
   // prepares itself (InfiniGen's skewing) may read: token ids, may be empty for the others.
   // InvalidArgument for parameters that this model cannot have; ResourceExhausted with asked and
-  // available bytes when fixed structures exceed the budget or the machine.
+  // available bytes when fixed structures exceed the budget or the machine. Backend and model must
+  // outlive the engine.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(Backend* backend, const Model* model,
                                                         const Arm& arm,
                                                         const EngineOptions& options,
                                                         std::span<const int32_t> calibration);
+  // The same with any strategy; its context has no calibration.
+  static absl::StatusOr<std::unique_ptr<Engine>> CreateWith(Backend* backend, const Model* model,
+                                                            const EngineOptions& options,
+                                                            const StrategyFactory& factory);
   ~Engine();
 
   CacheStrategy& strategy() { return *strategy_; }
@@ -106,37 +122,79 @@ class Engine {
   std::span<const int32_t> Tokens(RequestId request) const;
   void RemoveSequence(RequestId request);
 
-  // Runs a step and waits for it. Spans of the result are valid until the next call.
+  // Runs a step and waits for it. Spans of the result are valid until the next call; the plan must
+  // outlive CollectDecode.
   absl::StatusOr<StepResult> Execute(const StepPlan& plan);
 
-  // Captures the graphs of every padded size so that no timed step has to.
-  absl::Status CaptureGraphs();
+  // Counts of the last step's decode segment `index`; to be called before Batcher::Complete
+  // releases finished requests.
+  DecodeCounts CollectDecode(size_t index, std::span<double> attended_by_layer) {
+    return strategy_->CollectDecode(view_, index, attended_by_layer);
+  }
 
   // Sizes that decode batches are padded to: 1, 2, 4, 8, then steps of 8.
   static int32_t PaddedRows(int32_t rows);
 
  private:
-  struct Buffers;
-  struct Sequence;
+  // Activations and what is read back; all rows as wide as the largest step.
+  struct Buffers {
+    Activations hidden;               // [rows, D], the residual stream
+    Activations normed[2];            // [rows, D], inputs of attention, by parity of the layer
+    Activations qkv[2];               // [rows, (Hq + 2 Hk) d], by parity of the layer
+    Activations attended;             // [rows, Hq d]
+    Activations ffn_normed;           // [rows, D]
+    Activations ffn_in;               // [rows, 2F] or [rows, F]
+    Activations ffn_gated;            // [rows, F]; the same as ffn_in where there is no gate
+    Activations last;                 // [logit rows, D]
+    Activations last_normed;          // [logit rows, D]
+    Activations logits;               // [logit rows, V], f32
+    int32_t* sampled = nullptr;       // [sequence slots]
+    int32_t* sampled_host = nullptr;  // [sequence slots], pinned
+    float* logits_host = nullptr;     // [logit rows, V], pinned; only when logits are wanted
+  };
+  // Arrays of the step state.
+  struct Arrays {
+    StepState::Field token_id;       // [rows]
+    StepState::Field position;       // [rows]
+    StepState::Field row_active;     // [decode rows]
+    StepState::Field logit_row;      // [logit rows], row of the step; -1: none
+    StepState::Field sample_target;  // [logit rows], sequence slot; -1: none
+  };
+  struct Sequence {
+    std::vector<int32_t> tokens;
+    int32_t prompt_tokens = 0;
+  };
 
   Engine(Backend* backend, const Model* model, const EngineOptions& options);
-  absl::Status Build(const Arm& arm, std::span<const int32_t> calibration);
-  void FillStepState(const StepPlan& plan);
+  absl::Status Build(const StrategyFactory& factory);
+  absl::Status AllocateBuffers();
+  absl::StatusOr<Activations> AllocateRows(int64_t rows, int64_t columns);
+  StepView MakeView(const StepPlan& plan) const;
+  int32_t LogitRows(const StepView& view) const;
+  void FillStepState(const StepView& view);
+  void FillLogitRows(const StepView& view);
   void EnqueueForward(const StepView& view);
   void EnqueueLayer(const StepView& view, int32_t layer);
   void EnqueueLogits(const StepView& view);
-  void EnqueueReadback(const StepView& view);
-  absl::Status RunCaptured(const StepView& view);
-  void AppendSampled(const StepPlan& plan);
+  absl::Status LaunchCaptured(const StepView& view);
+  void ReadSampled(const StepPlan& plan);
 
   Backend* backend_;
   const Model* model_;
   EngineOptions options_;
+  int32_t max_decode_rows_;
+  int32_t max_rows_;
+  int32_t max_logit_rows_;
+  std::vector<std::byte*> memory_;
+  Buffers buffers_;
+  Arrays arrays_;
   std::unique_ptr<StepState> step_state_;
   std::unique_ptr<CacheStrategy> strategy_;
-  std::unique_ptr<Buffers> buffers_;
   std::map<RequestId, Sequence> sequences_;
   std::map<std::pair<int32_t, int32_t>, Graph> graphs_;  // by (padded rows, strategy's key)
+  StepView view_;                                        // of the last step
+  std::vector<int32_t> sampled_;                         // of the last step, by segment
+  int64_t modelled_ns_ = 0;                              // of all steps so far
 };
 
 }  // namespace kvsweep

@@ -145,8 +145,8 @@ struct StepView {
   std::span<const Segment> prefill;
   int32_t decode_rows = 0;  // decode.size() padded to the captured size
   int32_t rows = 0;         // all rows: decode_rows plus the prefill rows
-  bool captured = false;    // only decode rows, replayed from a graph: after its capture only
-                            // BeginStep and EndStep are called
+  bool captured = false;    // only decode rows, replayed from a graph: once it is captured,
+                            // only BeginStep is called
   const int32_t* position = nullptr;    // [rows], device
   const int32_t* row_active = nullptr;  // [decode_rows], device: 0 for padding
 };

@@ -1,0 +1,467 @@
+#include "worker/engine/engine.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "worker/engine/calibration.h"
+#include "worker/strategies/catalogue.h"
+
+namespace kvsweep {
+
+// --------------------------------------------------------------------------------------------------
+// model
+
+Model::Model(Backend* backend, const ModelConfig& config)
+    : backend_(backend), config_(config), skewing_cache_(std::make_unique<SkewingCache>()) {}
+
+Model::~Model() {
+  if (memory_ != nullptr) backend_->Free(memory_);
+}
+
+FloatAllocator Model::Allocator() {
+  return [this](size_t count) -> float* {
+    absl::StatusOr<std::byte*> memory = backend_->Allocate(Tier::kDevice, count * sizeof(float));
+    if (!memory.ok()) return nullptr;
+    memory_ = *memory;
+    return reinterpret_cast<float*>(memory_);
+  };
+}
+
+absl::StatusOr<std::unique_ptr<Model>> Model::Load(Backend* backend, const std::string& folder) {
+  ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(folder));
+  std::unique_ptr<Model> model(new Model(backend, config));
+  ASSIGN_OR_RETURN(model->weights_, LoadWeights(folder, config, model->Allocator()));
+  return model;
+}
+
+absl::StatusOr<std::unique_ptr<Model>> Model::Random(Backend* backend, const ModelConfig& config,
+                                                     uint64_t seed) {
+  std::unique_ptr<Model> model(new Model(backend, config));
+  ASSIGN_OR_RETURN(model->weights_, RandomWeights(config, seed, model->Allocator()));
+  return model;
+}
+
+ModelShape Model::shape() const {
+  return {.layers = config_.layers,
+          .hidden_size = config_.hidden_size,
+          .query_heads = config_.query_heads,
+          .kv_heads = config_.kv_heads,
+          .head_dim = config_.head_dim,
+          .max_positions = config_.max_positions,
+          .rotary = config_.positions == PositionKind::kRotary,
+          .rope_theta = static_cast<float>(config_.rope_theta)};
+}
+
+// -----------------------------------------------------------------------------------------------
+// building
+
+namespace {
+
+const float* Data(std::span<const float> values) {
+  return values.empty() ? nullptr : values.data();
+}
+
+std::vector<QueryWeights> QueryWeightsOf(const ModelWeights& weights) {
+  std::vector<QueryWeights> all;
+  for (const LayerWeights& layer : weights.layers) {
+    // Queries are the first rows of the fused projection.
+    all.push_back({layer.qkv.weight.data(), Data(layer.qkv.bias)});
+  }
+  return all;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(Backend* backend, const Model* model,
+                                                       const Arm& arm, const EngineOptions& options,
+                                                       std::span<const int32_t> calibration) {
+  return CreateWith(backend, model, options, [&](const StrategyContext& given) {
+    StrategyContext context = given;
+    context.calibrate = [backend, model, calibration](int32_t tokens) {
+      const size_t count = std::min(calibration.size(), static_cast<size_t>(tokens));
+      return CalibrateSkewing(backend, model, calibration.first(count));
+    };
+    return MakeStrategy(arm, context);
+  });
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateWith(Backend* backend, const Model* model,
+                                                           const EngineOptions& options,
+                                                           const StrategyFactory& factory) {
+  if (options.max_context > model->config().max_positions) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("requests of up to ", options.max_context, " tokens exceed the model's ",
+                     model->config().max_positions,
+                     " positions; lower load.lengths.max_total or quality.context"));
+  }
+  std::unique_ptr<Engine> engine(new Engine(backend, model, options));
+  RETURN_IF_ERROR(engine->Build(factory));
+  return engine;
+}
+
+Engine::Engine(Backend* backend, const Model* model, const EngineOptions& options)
+    : backend_(backend),
+      model_(model),
+      options_(options),
+      max_decode_rows_(PaddedRows(options.max_sequences)),
+      max_rows_(std::max(options.max_batched_tokens, max_decode_rows_)),
+      max_logit_rows_(options.logits == LogitsMode::kAll
+                          ? max_rows_
+                          : max_decode_rows_ + options.max_sequences) {}
+
+Engine::~Engine() {
+  for (const auto& [key, graph] : graphs_) backend_->DestroyGraph(graph);
+  for (std::byte* memory : memory_) backend_->Free(memory);
+}
+
+absl::Status Engine::Build(const StrategyFactory& factory) {
+  step_state_ = std::make_unique<StepState>(backend_);
+  arrays_.token_id = step_state_->Add(max_rows_);
+  arrays_.position = step_state_->Add(max_rows_);
+  arrays_.row_active = step_state_->Add(max_decode_rows_);
+  arrays_.logit_row = step_state_->Add(max_logit_rows_);
+  arrays_.sample_target = step_state_->Add(max_logit_rows_);
+  const StrategyContext context{.backend = backend_,
+                                .step_state = step_state_.get(),
+                                .shape = model_->shape(),
+                                .query_weights = QueryWeightsOf(model_->weights()),
+                                .kv_dtype = options_.kv_dtype,
+                                .device_bytes = options_.device_bytes,
+                                .host_bytes = options_.host_bytes,
+                                .max_sequences = options_.max_sequences,
+                                .max_context = options_.max_context,
+                                .max_rows = max_rows_,
+                                .max_decode_rows = max_decode_rows_};
+  ASSIGN_OR_RETURN(strategy_, factory(context));
+  RETURN_IF_ERROR(step_state_->Build());
+  RETURN_IF_ERROR(AllocateBuffers());
+  modelled_ns_ = backend_->modelled_ns();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Activations> Engine::AllocateRows(int64_t rows, int64_t columns) {
+  const int64_t bytes = rows * columns * DTypeBytes(backend_->info().activation_dtype);
+  ASSIGN_OR_RETURN(
+      std::byte * memory,
+      Annotate(backend_->Allocate(Tier::kDevice, static_cast<uint64_t>(bytes)), "activations"));
+  memory_.push_back(memory);
+  return Activations{memory, columns};
+}
+
+absl::Status Engine::AllocateBuffers() {
+  const ModelConfig& config = model_->config();
+  const int64_t ffn_in = int64_t{config.ffn_size} * (config.gated_ffn ? 2 : 1);
+  ASSIGN_OR_RETURN(buffers_.hidden, AllocateRows(max_rows_, config.hidden_size));
+  for (int parity = 0; parity < 2; ++parity) {
+    ASSIGN_OR_RETURN(buffers_.normed[parity], AllocateRows(max_rows_, config.hidden_size));
+    ASSIGN_OR_RETURN(buffers_.qkv[parity], AllocateRows(max_rows_, config.qkv_rows()));
+  }
+  ASSIGN_OR_RETURN(buffers_.attended,
+                   AllocateRows(max_rows_, int64_t{config.query_heads} * config.head_dim));
+  ASSIGN_OR_RETURN(buffers_.ffn_normed, AllocateRows(max_rows_, config.hidden_size));
+  ASSIGN_OR_RETURN(buffers_.ffn_in, AllocateRows(max_rows_, ffn_in));
+  buffers_.ffn_gated = buffers_.ffn_in;
+  if (config.gated_ffn) {
+    ASSIGN_OR_RETURN(buffers_.ffn_gated, AllocateRows(max_rows_, config.ffn_size));
+  }
+  ASSIGN_OR_RETURN(buffers_.last, AllocateRows(max_logit_rows_, config.hidden_size));
+  ASSIGN_OR_RETURN(buffers_.last_normed, AllocateRows(max_logit_rows_, config.hidden_size));
+  ASSIGN_OR_RETURN(buffers_.logits, AllocateRows(max_logit_rows_, config.vocabulary));
+
+  auto allocate = [&](Tier tier, int64_t count, auto** pointer) -> absl::Status {
+    ASSIGN_OR_RETURN(std::byte * memory,
+                     backend_->Allocate(tier, static_cast<uint64_t>(count) * sizeof(**pointer)));
+    memory_.push_back(memory);
+    *pointer = reinterpret_cast<std::remove_reference_t<decltype(*pointer)>>(memory);
+    return absl::OkStatus();
+  };
+  RETURN_IF_ERROR(allocate(Tier::kDevice, options_.max_sequences, &buffers_.sampled));
+  RETURN_IF_ERROR(allocate(Tier::kHost, options_.max_sequences, &buffers_.sampled_host));
+  if (options_.logits != LogitsMode::kNone) {
+    RETURN_IF_ERROR(
+        allocate(Tier::kHost, int64_t{max_logit_rows_} * config.vocabulary, &buffers_.logits_host));
+  }
+  return absl::OkStatus();
+}
+
+int32_t Engine::PaddedRows(int32_t rows) {
+  for (int32_t size : {1, 2, 4}) {
+    if (rows <= size) return size;
+  }
+  return (rows + 7) / 8 * 8;
+}
+
+// ----------------------------------------------------------------------------------------------
+// sequences
+
+void Engine::AddSequence(RequestId request, std::span<const int32_t> tokens,
+                         int32_t prompt_tokens) {
+  KVSWEEP_CHECK_LE(prompt_tokens, static_cast<int32_t>(tokens.size()));
+  const bool added =
+      sequences_
+          .emplace(request, Sequence{.tokens = std::vector<int32_t>(tokens.begin(), tokens.end()),
+                                     .prompt_tokens = prompt_tokens})
+          .second;
+  KVSWEEP_CHECK(added) << "request " << request;
+}
+
+std::span<const int32_t> Engine::Tokens(RequestId request) const {
+  return sequences_.at(request).tokens;
+}
+
+void Engine::RemoveSequence(RequestId request) { sequences_.erase(request); }
+
+// ---------------------------------------------------------------------------------------------------
+// step
+
+StepView Engine::MakeView(const StepPlan& plan) const {
+  StepView view;
+  view.decode = plan.decode;
+  view.prefill = plan.prefill;
+  view.captured = options_.graphs && plan.prefill.empty();
+  const auto decode = static_cast<int32_t>(plan.decode.size());
+  view.decode_rows = view.captured ? PaddedRows(decode) : decode;
+  view.rows = view.decode_rows;
+  for (const Segment& segment : plan.prefill) view.rows += segment.rows;
+  view.position = step_state_->Device(arrays_.position);
+  view.row_active = step_state_->Device(arrays_.row_active);
+  KVSWEEP_CHECK_LE(view.rows, max_rows_);
+  return view;
+}
+
+int32_t Engine::LogitRows(const StepView& view) const {
+  if (options_.logits == LogitsMode::kAll) return view.rows;
+  return view.decode_rows + static_cast<int32_t>(view.prefill.size());
+}
+
+void Engine::FillStepState(const StepView& view) {
+  std::span<int32_t> token_id = step_state_->Host(arrays_.token_id);
+  std::span<int32_t> position = step_state_->Host(arrays_.position);
+  std::span<int32_t> row_active = step_state_->Host(arrays_.row_active);
+  std::ranges::fill(token_id.first(static_cast<size_t>(view.rows)), 0);
+  std::ranges::fill(position.first(static_cast<size_t>(view.rows)), 0);
+  std::ranges::fill(row_active, 0);
+  auto fill = [&](const Segment& segment) {
+    const Sequence& sequence = sequences_.at(segment.request);
+    for (int32_t i = 0; i < segment.rows; ++i) {
+      const auto row = static_cast<size_t>(segment.first_row + i);
+      token_id[row] = sequence.tokens.at(static_cast<size_t>(segment.start_position + i));
+      position[row] = segment.start_position + i;
+    }
+  };
+  for (const Segment& segment : view.decode) {
+    fill(segment);
+    row_active[static_cast<size_t>(segment.first_row)] = 1;
+  }
+  for (const Segment& segment : view.prefill) fill(segment);
+  FillLogitRows(view);
+}
+
+void Engine::FillLogitRows(const StepView& view) {
+  std::span<int32_t> logit_row = step_state_->Host(arrays_.logit_row);
+  std::span<int32_t> target = step_state_->Host(arrays_.sample_target);
+  const auto rows = static_cast<size_t>(LogitRows(view));
+  std::ranges::fill(logit_row.first(rows), -1);
+  std::ranges::fill(target.first(rows), -1);
+  const bool all = options_.logits == LogitsMode::kAll;
+  for (const Segment& segment : view.decode) {
+    logit_row[static_cast<size_t>(segment.first_row)] = segment.first_row;
+    target[static_cast<size_t>(segment.first_row)] = segment.slot;
+  }
+  for (size_t i = 0; i < view.prefill.size(); ++i) {
+    const Segment& segment = view.prefill[i];
+    const int32_t last = segment.first_row + segment.rows - 1;
+    if (all) {
+      for (int32_t row = segment.first_row; row <= last; ++row) {
+        logit_row[static_cast<size_t>(row)] = row;
+      }
+    }
+    const size_t index =
+        all ? static_cast<size_t>(last) : static_cast<size_t>(view.decode_rows) + i;
+    logit_row[index] = last;
+    target[index] = segment.last_chunk ? segment.slot : -1;
+  }
+}
+
+absl::StatusOr<StepResult> Engine::Execute(const StepPlan& plan) {
+  KVSWEEP_CHECK(!plan.empty());
+  view_ = MakeView(plan);
+  RETURN_IF_ERROR(step_state_->Begin());
+  FillStepState(view_);
+  strategy_->BeginStep(view_);
+  step_state_->Commit();
+  if (view_.captured) {
+    RETURN_IF_ERROR(LaunchCaptured(view_));
+  } else {
+    EnqueueForward(view_);
+  }
+  RETURN_IF_ERROR(backend_->WaitAll());
+
+  ReadSampled(plan);
+  StepResult result{.sampled = sampled_, .captured = view_.captured};
+  if (options_.logits != LogitsMode::kNone) {
+    result.logits = {buffers_.logits_host, static_cast<size_t>(LogitRows(view_)) *
+                                               static_cast<size_t>(config().vocabulary)};
+  }
+  const int64_t modelled_ns = backend_->modelled_ns();
+  result.modelled_ns = modelled_ns - modelled_ns_;
+  modelled_ns_ = modelled_ns;
+  return result;
+}
+
+absl::Status Engine::LaunchCaptured(const StepView& view) {
+  const std::pair<int32_t, int32_t> key{view.decode_rows, strategy_->GraphKey(view)};
+  auto found = graphs_.find(key);
+  if (found == graphs_.end()) {
+    backend_->BeginCapture();
+    EnqueueForward(view);
+    ASSIGN_OR_RETURN(const Graph graph, backend_->EndCapture());
+    found = graphs_.emplace(key, graph).first;
+  }
+  backend_->Launch(found->second);
+  return absl::OkStatus();
+}
+
+void Engine::ReadSampled(const StepPlan& plan) {
+  sampled_.clear();
+  auto read = [&](const Segment& segment, bool produces) {
+    const int32_t token = buffers_.sampled_host[segment.slot];
+    sampled_.push_back(token);
+    std::vector<int32_t>& tokens = sequences_.at(segment.request).tokens;
+    const auto next = static_cast<size_t>(segment.start_position + segment.rows);
+    if (produces && tokens.size() == next) tokens.push_back(token);
+  };
+  for (const Segment& segment : plan.decode) read(segment, true);
+  for (const Segment& segment : plan.prefill) read(segment, segment.last_chunk);
+}
+
+// ------------------------------------------------------------------------------------------------
+// forward
+
+namespace {
+
+NormArgs NormOf(const NormWeights& weights, const ModelConfig& config, const Activations& out,
+                const Activations& in, int32_t rows) {
+  return {.out = out,
+          .in = in,
+          .weight = weights.weight.data(),
+          .bias = Data(weights.bias),
+          .epsilon = static_cast<float>(config.norm_epsilon),
+          .rows = rows,
+          .columns = config.hidden_size};
+}
+
+GemmArgs ProductOf(const LinearWeights& weights, const Activations& out, const Activations& in,
+                   int32_t rows, int32_t in_columns) {
+  return {.out = out,
+          .in = in,
+          .weight = weights.weight.data(),
+          .bias = Data(weights.bias),
+          .rows = rows,
+          .out_columns = static_cast<int32_t>(weights.weight.size() / in_columns),
+          .in_columns = in_columns};
+}
+
+}  // namespace
+
+void Engine::EnqueueForward(const StepView& view) {
+  const ModelConfig& config = model_->config();
+  const ModelWeights& weights = model_->weights();
+  backend_->Embed({.out = buffers_.hidden,
+                   .token_id = step_state_->Device(arrays_.token_id),
+                   .sampled = buffers_.sampled,
+                   .position = view.position,
+                   .table = weights.token_embedding.data(),
+                   .position_table = Data(weights.position_embedding),
+                   .position_offset = config.position_offset,
+                   .rows = view.rows,
+                   .columns = config.hidden_size},
+                  Stream::kCompute);
+  for (int32_t layer = 0; layer < config.layers; ++layer) EnqueueLayer(view, layer);
+  strategy_->EndStep(view);
+  EnqueueLogits(view);
+}
+
+void Engine::EnqueueLayer(const StepView& view, int32_t layer) {
+  const ModelConfig& config = model_->config();
+  const LayerWeights& weights = model_->weights().layers[static_cast<size_t>(layer)];
+  const Activations& normed = buffers_.normed[layer % 2];
+  const Activations& qkv = buffers_.qkv[layer % 2];
+  const int32_t query_columns = config.query_heads * config.head_dim;
+  const int32_t kv_columns = config.kv_heads * config.head_dim;
+  const int32_t rows = view.rows;
+  auto column = [&](int32_t first) {
+    const int64_t bytes = first * DTypeBytes(backend_->info().activation_dtype);
+    return Activations{static_cast<std::byte*>(qkv.data) + bytes, qkv.stride};
+  };
+
+  backend_->Norm(NormOf(weights.attention_norm, config, normed, buffers_.hidden, rows),
+                 Stream::kCompute);
+  strategy_->BeforeLayer(view, layer, normed);
+  backend_->Gemm(ProductOf(weights.qkv, qkv, normed, rows, config.hidden_size), Stream::kCompute);
+  strategy_->Attend(
+      view, layer,
+      {.query = qkv, .key = column(query_columns), .value = column(query_columns + kv_columns)},
+      buffers_.attended);
+  GemmArgs output =
+      ProductOf(weights.attention_output, buffers_.hidden, buffers_.attended, rows, query_columns);
+  output.accumulate = true;
+  backend_->Gemm(output, Stream::kCompute);
+
+  backend_->Norm(NormOf(weights.ffn_norm, config, buffers_.ffn_normed, buffers_.hidden, rows),
+                 Stream::kCompute);
+  GemmArgs ffn_in =
+      ProductOf(weights.ffn_in, buffers_.ffn_in, buffers_.ffn_normed, rows, config.hidden_size);
+  ffn_in.relu = config.activation == Activation::kRelu;
+  backend_->Gemm(ffn_in, Stream::kCompute);
+  if (config.gated_ffn) {
+    backend_->SiluGate({.out = buffers_.ffn_gated,
+                        .in = buffers_.ffn_in,
+                        .rows = rows,
+                        .columns = config.ffn_size},
+                       Stream::kCompute);
+  }
+  GemmArgs ffn_out =
+      ProductOf(weights.ffn_out, buffers_.hidden, buffers_.ffn_gated, rows, config.ffn_size);
+  ffn_out.accumulate = true;
+  backend_->Gemm(ffn_out, Stream::kCompute);
+}
+
+void Engine::EnqueueLogits(const StepView& view) {
+  const ModelConfig& config = model_->config();
+  const ModelWeights& weights = model_->weights();
+  const int32_t rows = LogitRows(view);
+  backend_->TakeRows({.out = buffers_.last,
+                      .in = buffers_.hidden,
+                      .row = step_state_->Device(arrays_.logit_row),
+                      .rows = rows,
+                      .columns = config.hidden_size},
+                     Stream::kCompute);
+  backend_->Norm(NormOf(weights.final_norm, config, buffers_.last_normed, buffers_.last, rows),
+                 Stream::kCompute);
+  backend_->Gemm({.out = buffers_.logits,
+                  .in = buffers_.last_normed,
+                  .weight = weights.output.data(),
+                  .rows = rows,
+                  .out_columns = config.vocabulary,
+                  .in_columns = config.hidden_size},
+                 Stream::kCompute);
+  backend_->Argmax({.token = buffers_.sampled,
+                    .logits = buffers_.logits,
+                    .target = step_state_->Device(arrays_.sample_target),
+                    .rows = rows,
+                    .columns = config.vocabulary},
+                   Stream::kCompute);
+  backend_->Copy(buffers_.sampled_host, buffers_.sampled,
+                 sizeof(int32_t) * static_cast<uint64_t>(options_.max_sequences), Stream::kCompute);
+  if (options_.logits != LogitsMode::kNone) {
+    backend_->Copy(
+        buffers_.logits_host, buffers_.logits.data,
+        sizeof(float) * static_cast<uint64_t>(rows) * static_cast<uint64_t>(config.vocabulary),
+        Stream::kCompute);
+  }
+}
+
+}  // namespace kvsweep
