@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/backend.h"
 
 namespace kvsweep {
 
@@ -38,6 +39,33 @@ std::vector<std::string> DeviceProfileNames();
 // Nanoseconds that an operation of this cost takes: the slowest of its three parts plus the fixed
 // cost.
 double DurationNs(const Cost& cost, const DeviceProfile& profile);
+
+// The cost of each operation of the backend: every input read once, every output written once.
+// `element_bytes` is the size of a weight or an activation; keys and values have their view's. What
+// only the device knows is passed in: `entries` are stored tokens summed over active rows and KV
+// heads. An array on the host tier costs link bytes instead of device bytes.
+Cost CopyCost(uint64_t bytes, bool from_host, bool to_host);
+Cost ZeroCost(uint64_t bytes);
+Cost EmbedCost(const EmbedArgs& args, double element_bytes);
+Cost NormCost(const NormArgs& args, double element_bytes);
+Cost GemmCost(const GemmArgs& args, double element_bytes);
+Cost SiluGateCost(const SiluGateArgs& args, double element_bytes);
+Cost RotaryCost(const RotaryArgs& args, double element_bytes);
+Cost TakeRowsCost(const TakeRowsArgs& args, double element_bytes);
+Cost ArgmaxCost(const ArgmaxArgs& args, double element_bytes);
+// `stored`: tokens whose table row is not -1.
+Cost AppendCost(const AppendArgs& args, int64_t stored, double element_bytes, bool host_target);
+Cost DecodeAttentionCost(const DecodeAttentionArgs& args, int64_t entries, double element_bytes,
+                         bool host_view);
+Cost PrefillAttentionCost(const PrefillAttentionArgs& args, double element_bytes,
+                          bool host_history);
+Cost ColumnSumCost(const ColumnSumArgs& args, double element_bytes);
+Cost PruneHeavyCost(const PruneHeavyArgs& args);
+Cost EvictHeavyCost(const EvictHeavyArgs& args, int64_t entries, int64_t active_rows,
+                    double element_bytes);
+Cost ProjectHeadsCost(const ProjectHeadsArgs& args, double element_bytes);
+Cost SpeculateCost(const SpeculateArgs& args, int64_t entries, double element_bytes);
+Cost SelectTopCost(const SelectTopArgs& args, int64_t entries);
 
 }  // namespace kvsweep
 
