@@ -65,14 +65,12 @@ Roster::Arrival Roster::Heard(int64_t now_ns, WorkerReport report) {
   Timer& timer = timers_[report.worker];
   Arrival arrival = Arrival::kFirst;
   if (!inserted) {
-    const std::vector<uint64_t>& old = timer.superseded;
-    if (std::find(old.begin(), old.end(), report.incarnation) != old.end()) {
-      return Arrival::kSuperseded;
-    }
+    if (IsSuperseded(report.worker, report.incarnation)) return Arrival::kSuperseded;
     arrival = entry.presence == Presence::kConnected ? Arrival::kAgain : Arrival::kReturned;
     if (entry.report.incarnation != report.incarnation) {
       arrival = Arrival::kNewIncarnation;
-      if (old.size() == kSupersededKept) timer.superseded.erase(timer.superseded.begin());
+      if (timer.superseded.size() == kSupersededKept)
+        timer.superseded.erase(timer.superseded.begin());
       timer.superseded.push_back(entry.report.incarnation);
       timer.hold_ns = 0;
     }
@@ -127,6 +125,13 @@ std::vector<WorkerId> Roster::Advance(int64_t now_ns) {
 
 int64_t Roster::NextDeadlineNs() const {
   return deadlines_.empty() ? kNeverNs : deadlines_.begin()->first;
+}
+
+bool Roster::IsSuperseded(const WorkerId& worker, uint64_t incarnation) const {
+  const auto timer = timers_.find(worker);
+  if (timer == timers_.end()) return false;
+  const std::vector<uint64_t>& old = timer->second.superseded;
+  return std::find(old.begin(), old.end(), incarnation) != old.end();
 }
 
 const RosterEntry* Roster::Find(const WorkerId& worker) const {

@@ -43,7 +43,7 @@ enum class HoldingPhase { kStarting, kRunning, kFinished, kFailed, kAbandoned };
 
 // The attempt that a slot holds, from the moment it was told to run it until it is told that it is
 // settled.
-struct Holding {
+struct SlotHolding {
   Attempt attempt;
   HoldingPhase phase = HoldingPhase::kStarting;
   TrialId trial;  // running now; 0: none
@@ -55,7 +55,7 @@ struct Holding {
 
 struct SlotReport {
   std::vector<DeviceDescription> devices;
-  std::optional<Holding> holding;  // none: idle
+  std::optional<SlotHolding> holding;  // none: idle
 };
 
 // What a worker says about itself, whole, each time it speaks.
@@ -128,6 +128,9 @@ class Roster {
 
   // When Advance has something to do next; kNeverNs: never. May be early, is never late.
   int64_t NextDeadlineNs() const;
+
+  // Whether the incarnation was replaced by another one.
+  bool IsSuperseded(const WorkerId& worker, uint64_t incarnation) const;
 
   // Null: unknown. Valid until the next call that changes the roster.
   const RosterEntry* Find(const WorkerId& worker) const;

@@ -24,7 +24,9 @@ bool IsOver(HoldingPhase phase) {
 
 }  // namespace
 
-uint64_t Progress::done() const { return std::accumulate(ended.begin(), ended.end(), uint64_t{0}); }
+uint64_t ExperimentProgress::done() const {
+  return std::accumulate(ended.begin(), ended.end(), uint64_t{0});
+}
 
 Scheduler::Scheduler(const SchedulerOptions& options, Attempt next_attempt)
     : options_(options), next_attempt_(next_attempt), roster_(options.lease) {
@@ -124,7 +126,7 @@ void Scheduler::Accepted(int64_t, Attempt attempt) {
 
 void Scheduler::Refused(int64_t now_ns, Attempt attempt, const std::string& reason) {
   if (!leases_.contains(attempt)) return;
-  TakeBack(now_ns, attempt, Mishap::Kind::kFailed, reason);
+  TakeBack(now_ns, attempt, Mishap::Kind::kFailed, reason, /*stored=*/true);
 }
 
 uint64_t Scheduler::Cancel(int64_t, ExperimentId id) {
@@ -153,7 +155,7 @@ bool Scheduler::Drain(int64_t, const WorkerId& worker, bool draining) {
   return true;
 }
 
-Plan Scheduler::Decide(int64_t now_ns) {
+SchedulerPlan Scheduler::Decide(int64_t now_ns) {
   PassTime(now_ns);
   HandOut(now_ns);
   for (const WorkerId& worker : touched_) {
@@ -163,7 +165,7 @@ Plan Scheduler::Decide(int64_t now_ns) {
   plan_.wake_ns = std::min(roster_.NextDeadlineNs(), retry_ns_);
   touched_.clear();
   changed_.clear();
-  return std::exchange(plan_, Plan());
+  return std::exchange(plan_, SchedulerPlan());
 }
 
 // -------------------------------------------------------------------------------------- queues
@@ -265,7 +267,7 @@ Scheduler::Lease Scheduler::RemoveLease(Attempt attempt) {
 }
 
 void Scheduler::TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind,
-                         const std::string& reason) {
+                         const std::string& reason, bool stored) {
   const Lease lease = RemoveLease(attempt);
   const WorkerId worker = lease.slot.first;
   Round& round = rounds_.at(lease.round);
@@ -275,7 +277,10 @@ void Scheduler::TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind,
                            .trial = lease.trial,
                            .time_ns = now_ns,
                            .reason = reason});
-  plan_.voids.push_back({.attempt = attempt, .round = lease.round, .mishap = round.mishaps.back()});
+  if (!stored) {
+    plan_.voids.push_back(
+        {.attempt = attempt, .round = lease.round, .mishap = round.mishaps.back()});
+  }
   Say(round.experiment, absl::StrCat("round ", lease.round.value(), " taken back from worker ",
                                      worker.value(), ": ", reason));
   if (std::optional<FinishRow> finish = GiveUp(lease.round, round)) {
@@ -410,15 +415,16 @@ WorkerWish Scheduler::WishFor(const WorkerId& id) const {
   WorkerWish wish{.worker = id, .incarnation = worker.incarnation, .slots = {}};
   for (const auto& [index, slot] : worker.slots) {
     if (index.value() >= entry.report.slots.size()) continue;
-    const std::optional<Holding>& holding = entry.report.slots[index.value()].holding;
-    if (!holding.has_value()) {
-      if (slot.live == kNoAttempt) continue;
-      wish.slots.push_back({index, slot.live, SlotWish::Kind::kRun, leases_.at(slot.live).round});
-    } else if (holding->attempt != slot.live) {
-      const bool settled = holding->attempt == slot.settled || IsOver(holding->phase);
+    const std::optional<SlotHolding>& holding = entry.report.slots[index.value()].holding;
+    bool empty = !holding.has_value();
+    if (!empty && holding->attempt != slot.live) {
+      empty = holding->attempt == slot.settled || IsOver(holding->phase);
       wish.slots.push_back({index, holding->attempt,
-                            settled ? SlotWish::Kind::kSettled : SlotWish::Kind::kAbandon,
+                            empty ? SlotWish::Kind::kSettled : SlotWish::Kind::kAbandon,
                             RoundId()});
+    }
+    if (empty && slot.live != kNoAttempt) {
+      wish.slots.push_back({index, slot.live, SlotWish::Kind::kRun, leases_.at(slot.live).round});
     }
   }
   return wish;
@@ -530,7 +536,7 @@ void Scheduler::Say(ExperimentId experiment, std::string text) {
 
 // ------------------------------------------------------------------------------------ questions
 
-const Progress* Scheduler::FindProgress(ExperimentId experiment) const {
+const ExperimentProgress* Scheduler::FindProgress(ExperimentId experiment) const {
   const auto found = experiments_.find(experiment);
   return found == experiments_.end() ? nullptr : &found->second.progress;
 }
@@ -549,7 +555,7 @@ std::vector<RunningAttempt> Scheduler::Running(ExperimentId experiment) const {
            .holding = std::nullopt};
     const std::vector<SlotReport>& slots = roster_.Find(row.worker)->report.slots;
     if (row.slot.value() < slots.size()) {
-      const std::optional<Holding>& holding = slots[row.slot.value()].holding;
+      const std::optional<SlotHolding>& holding = slots[row.slot.value()].holding;
       if (holding.has_value() && holding->attempt == attempt) row.holding = holding;
     }
   }
@@ -683,7 +689,7 @@ void Scheduler::CheckQueues() const {
   KVSWEEP_CHECK_EQ(queued, 0u);
   KVSWEEP_CHECK_EQ(heads, heads_.size());
   for (const auto& [id, experiment] : experiments_) {
-    const Progress& progress = experiment.progress;
+    const ExperimentProgress& progress = experiment.progress;
     KVSWEEP_CHECK_EQ(progress.rounds, progress.queued + progress.running + progress.done());
     KVSWEEP_CHECK_EQ(progress.running, experiment.live.size());
   }

@@ -21,9 +21,9 @@
 // clock, no lock, no I/O. It sees ids and numbers; what a round measures flows past it.
 //
 // Events (Submit, Heard, Broken, Accepted, Refused, Cancel, Drain) change the state; Decide(now)
-// then lets time pass, hands out work and returns the Plan: rows to make durable FIRST, then what
-// to tell the workers. Events and Decide carry the instant at which they happen; instants never go
-// back.
+// then lets time pass, hands out work and returns the SchedulerPlan: rows to make durable FIRST,
+// then what to tell the workers. Events and Decide carry the instant at which they happen; instants
+// never go back.
 //
 // A round is queued, leased (to one slot, as one attempt) or done; done rounds are forgotten, only
 // counted. An attempt is live while its round is leased as this attempt. Invariants, checked by
@@ -131,7 +131,8 @@ struct SlotWish {
   RoundId round;  // kRun
 };
 
-// The whole wish for one worker: slots that are not named comply already.
+// The whole wish for one worker, in the order in which it is to be obeyed: an attempt is settled
+// before its slot is told to run the next. Slots that are not named comply already.
 struct WorkerWish {
   WorkerId worker;
   uint64_t incarnation = 0;
@@ -139,12 +140,12 @@ struct WorkerWish {
 };
 
 // One line of an experiment's log.
-struct Message {
+struct LogLine {
   ExperimentId experiment;  // 0: concerns all
   std::string text;
 };
 
-struct Plan {
+struct SchedulerPlan {
   std::vector<ExperimentId>
       cancels;  // all their rounds that are not done, and the attempts of these
   std::vector<VoidRow> voids;
@@ -152,11 +153,11 @@ struct Plan {
   std::vector<GrantRow> grants;
   std::vector<WorkerWish> wishes;  // workers that spoke since the last plan, or whose wish changed
   std::vector<ExperimentId> changed;  // progress changed; ascending
-  std::vector<Message> messages;
+  std::vector<LogLine> messages;
   int64_t wake_ns = kNeverNs;  // call Decide again by then even if nothing happens
 };
 
-struct Progress {
+struct ExperimentProgress {
   uint64_t rounds = 0;  // = queued + running + the five ends
   uint64_t queued = 0;
   uint64_t running = 0;
@@ -171,7 +172,7 @@ struct RunningAttempt {
   SlotIndex slot;
   Attempt attempt;
   RoundId round;
-  std::optional<Holding> holding;  // none: not yet reported by the worker
+  std::optional<SlotHolding> holding;  // none: not yet reported by the worker
 };
 
 class Scheduler {
@@ -221,12 +222,12 @@ class Scheduler {
   bool Drain(int64_t now_ns, const WorkerId& worker, bool draining);
 
   // Lets time pass until now, hands out work, and returns what changed since the last call.
-  Plan Decide(int64_t now_ns);
+  SchedulerPlan Decide(int64_t now_ns);
 
   // ---- questions; none changes anything ----
 
   // Counts of an experiment that was submitted in this life; null: unknown.
-  const Progress* FindProgress(ExperimentId experiment) const;
+  const ExperimentProgress* FindProgress(ExperimentId experiment) const;
 
   // What an experiment runs now, by worker and slot.
   std::vector<RunningAttempt> Running(ExperimentId experiment) const;
@@ -298,7 +299,7 @@ class Scheduler {
   };
 
   struct Experiment {
-    Progress progress;
+    ExperimentProgress progress;
     std::map<Class*, uint64_t> queued;  // rounds queued by class, troubled ones included
     std::set<Attempt> live;
     std::vector<RoundId> rounds;  // all submitted in this life; done ones are not in rounds_
@@ -314,7 +315,8 @@ class Scheduler {
   // Leases.
   void AddLease(Attempt attempt, const Lease& lease);
   Lease RemoveLease(Attempt attempt);
-  void TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind, const std::string& reason);
+  void TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind, const std::string& reason,
+                bool stored = false);
   void TakeBackAll(int64_t now_ns, const WorkerId& worker, const std::string& reason);
   std::optional<FinishRow> GiveUp(RoundId id, const Round& round) const;
 
@@ -358,7 +360,7 @@ class Scheduler {
   int64_t retry_ns_ = kNeverNs;  // when a pause after a failure ends
   std::set<WorkerId> touched_;   // to be told their wish
   std::set<ExperimentId> changed_;
-  Plan plan_;  // being gathered
+  SchedulerPlan plan_;  // being gathered
 };
 
 }  // namespace kvsweep

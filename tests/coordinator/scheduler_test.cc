@@ -72,7 +72,7 @@ class World {
   // What the scheduler counts is what the rows say.
   void CheckProgress() const {
     for (const auto& [experiment, count] : submitted_) {
-      const Progress* progress = scheduler_->FindProgress(experiment);
+      const ExperimentProgress* progress = scheduler_->FindProgress(experiment);
       if (progress == nullptr) continue;  // finished before a restart
       EXPECT_EQ(progress->rounds, count);
       EXPECT_TRUE(progress->finished());
@@ -134,7 +134,7 @@ class World {
         break;
       case 6: {  // lies about what it holds
         SlotReport& slot = report.slots[random_.Uniform(report.slots.size())];
-        slot.holding = Holding{.attempt = Attempt(random_.Uniform(highest_.value() + 3))};
+        slot.holding = SlotHolding{.attempt = Attempt(random_.Uniform(highest_.value() + 3))};
         break;
       }
       case 7:
@@ -149,7 +149,7 @@ class World {
   void Speak(size_t w) {
     for (SlotReport& slot : workers_[w].slots) {
       if (!slot.holding.has_value()) continue;
-      Holding& holding = *slot.holding;
+      SlotHolding& holding = *slot.holding;
       if (holding.phase == HoldingPhase::kStarting) {
         holding.phase = random_.Bernoulli(0.05) ? HoldingPhase::kFailed : HoldingPhase::kRunning;
       } else if (holding.phase == HoldingPhase::kRunning && random_.Bernoulli(0.4)) {
@@ -170,7 +170,7 @@ class World {
   }
 
   void Turn() {
-    const Plan plan = scheduler_->Decide(now_ns_);
+    const SchedulerPlan plan = scheduler_->Decide(now_ns_);
     scheduler_->CheckInvariants();
     ASSERT_GT(plan.wake_ns, now_ns_);
     for (const VoidRow& row : plan.voids) ASSERT_EQ(open_.erase(row.attempt), 1u);
@@ -194,12 +194,12 @@ class World {
       return report.worker == wish.worker && report.incarnation == wish.incarnation;
     });
     if (worker == workers_.end() || !connected_[worker - workers_.begin()]) return;
+    if (random_.Bernoulli(0.2)) return;
     for (const SlotWish& slot : wish.slots) {
-      if (random_.Bernoulli(0.2)) continue;
-      std::optional<Holding>& holding = worker->slots.at(slot.slot.value()).holding;
+      std::optional<SlotHolding>& holding = worker->slots.at(slot.slot.value()).holding;
       if (slot.kind == SlotWish::Kind::kRun) {
-        ASSERT_FALSE(holding.has_value()) << "told to run while it holds another attempt";
-        holding = Holding{.attempt = slot.attempt};
+        ASSERT_FALSE(holding.has_value()) << "told to run before the last attempt was settled";
+        holding = SlotHolding{.attempt = slot.attempt};
       } else if (slot.kind == SlotWish::Kind::kAbandon) {
         holding->phase = HoldingPhase::kAbandoned;
       } else {
@@ -266,7 +266,7 @@ TEST(SchedulerTest, AMillionRoundsOnAThousandWorkersInOrder) {
     workers.back().model_digests = {"model1", absl::StrCat("model", 2 + w % 9)};
     ASSERT_TRUE(scheduler.Heard(0, workers.back()));
   }
-  Plan plan = scheduler.Decide(0);
+  SchedulerPlan plan = scheduler.Decide(0);
   ASSERT_EQ(plan.grants.size(), kWorkers);
   std::map<RoundId, uint64_t> granted;
   for (int turn = 1; turn <= 20; ++turn) {
@@ -274,7 +274,7 @@ TEST(SchedulerTest, AMillionRoundsOnAThousandWorkersInOrder) {
     for (const GrantRow& row : grants) {
       ASSERT_EQ(granted.emplace(row.round, row.attempt.value()).second, true);
       const uint64_t w = std::stoull(row.worker.value().substr(1));
-      workers[w].slots[0].holding = Holding{.attempt = row.attempt};
+      workers[w].slots[0].holding = SlotHolding{.attempt = row.attempt};
       scheduler.Accepted(turn, row.attempt);
       scheduler.Heard(turn, workers[w]);
     }
@@ -316,7 +316,7 @@ TEST(SchedulerTest, ARoundIsGivenUpAfterItsLastAttempt) {
   }
   worker.incarnation = 4;
   scheduler.Heard(0, worker);
-  const Plan plan = scheduler.Decide(0);
+  const SchedulerPlan plan = scheduler.Decide(0);
   ASSERT_EQ(plan.finishes.size(), 1u);
   EXPECT_EQ(plan.finishes[0].end, RoundEnd::kFailed);
   EXPECT_TRUE(scheduler.FindProgress(ExperimentId(1))->finished());
@@ -335,11 +335,11 @@ TEST(SchedulerTest, MishapsSurviveARestart) {
   WorkerReport worker = OneSlot("w");
   scheduler.Heard(0, worker);
   const Attempt attempt = scheduler.Decide(0).grants.at(0).attempt;
-  worker.slots[0].holding = Holding{.attempt = attempt, .trial = TrialId(5)};
+  worker.slots[0].holding = SlotHolding{.attempt = attempt, .trial = TrialId(5)};
   scheduler.Heard(0, worker);
   worker.incarnation = 2;
   scheduler.Heard(0, worker);
-  const Plan plan = scheduler.Decide(0);
+  const SchedulerPlan plan = scheduler.Decide(0);
   ASSERT_EQ(plan.finishes.size(), 1u);
   EXPECT_EQ(plan.finishes[0].end, RoundEnd::kPoisoned);
   EXPECT_EQ(plan.finishes[0].poisoned_trial, TrialId(5));

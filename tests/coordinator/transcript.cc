@@ -82,7 +82,7 @@ std::string Transcript::Run(const std::vector<std::string>& words) {
   const std::string answer = Question(words);
   if (!answer.empty()) return answer;
   Event(words);
-  const Plan plan = scheduler_->Decide(now_ns_);
+  const SchedulerPlan plan = scheduler_->Decide(now_ns_);
   Store(plan);
   return Show(plan);
 }
@@ -92,7 +92,7 @@ std::string Transcript::Question(const std::vector<std::string>& words) {
     return absl::StrCat("  ", scheduler_->WaitingFor(ExperimentId(Number(words[1]))), "\n");
   }
   if (words[0] == "progress") {
-    const Progress* progress = scheduler_->FindProgress(ExperimentId(Number(words[1])));
+    const ExperimentProgress* progress = scheduler_->FindProgress(ExperimentId(Number(words[1])));
     KVSWEEP_CHECK(progress != nullptr);
     std::string out = absl::StrCat("  rounds ", progress->rounds, " queued ", progress->queued,
                                    " running ", progress->running);
@@ -140,11 +140,11 @@ void Transcript::Event(const std::vector<std::string>& words) {
     KVSWEEP_CHECK(phase != std::end(kPhases)) << words[4];
     WorkerReport& report = workers_.at(words[1]);
     report.slots.at(Number(words[2])).holding =
-        Holding{.attempt = Attempt(Number(words[3])),
-                .phase = static_cast<HoldingPhase>(phase - std::begin(kPhases)),
-                .trial = TrialId(NumberOption(words, "trial", 0)),
-                .trial_phase = {},
-                .reason = Option(words, "reason")};
+        SlotHolding{.attempt = Attempt(Number(words[3])),
+                    .phase = static_cast<HoldingPhase>(phase - std::begin(kPhases)),
+                    .trial = TrialId(NumberOption(words, "trial", 0)),
+                    .trial_phase = {},
+                    .reason = Option(words, "reason")};
     scheduler_->Heard(now_ns_, report);
   } else if (verb == "idle") {
     workers_.at(words[1]).slots.at(Number(words[2])).holding.reset();
@@ -162,7 +162,15 @@ void Transcript::Event(const std::vector<std::string>& words) {
     EndRound(open->second.round, RoundEnd::kAccepted);
     stored_.open.erase(open);
   } else if (verb == "refuse") {
-    scheduler_->Refused(now_ns_, Attempt(Number(words[1])), words[2]);
+    const Attempt attempt(Number(words[1]));
+    const GrantRow grant = stored_.open.at(attempt);
+    stored_.open.erase(attempt);
+    stored_.mishaps[grant.round].push_back({.kind = Mishap::Kind::kFailed,
+                                            .worker = grant.worker,
+                                            .machine = grant.machine,
+                                            .time_ns = now_ns_,
+                                            .reason = words[2]});
+    scheduler_->Refused(now_ns_, attempt, words[2]);
   } else if (verb == "cancel") {
     scheduler_->Cancel(now_ns_, ExperimentId(Number(words[1])));
   } else if (verb == "drain") {
@@ -241,7 +249,7 @@ void Transcript::EndRound(RoundId round, RoundEnd end) {
   }
 }
 
-void Transcript::Store(const Plan& plan) {
+void Transcript::Store(const SchedulerPlan& plan) {
   for (const ExperimentId experiment : plan.cancels) {
     for (const RoundDescriptor& round : std::vector<RoundDescriptor>(stored_.rounds[experiment])) {
       EndRound(round.round, RoundEnd::kCancelled);
@@ -265,7 +273,7 @@ void Transcript::Store(const Plan& plan) {
   }
 }
 
-std::string Transcript::Show(const Plan& plan) const {
+std::string Transcript::Show(const SchedulerPlan& plan) const {
   std::string out;
   for (const ExperimentId experiment : plan.cancels) {
     absl::StrAppend(&out, "  cancel e", experiment.value(), "\n");
@@ -292,7 +300,7 @@ std::string Transcript::Show(const Plan& plan) const {
     absl::StrAppend(&out, "  tell ", wish.worker.value(), ": ",
                     slots.empty() ? "go on" : absl::StrJoin(slots, ", "), "\n");
   }
-  for (const Message& message : plan.messages) {
+  for (const LogLine& message : plan.messages) {
     absl::StrAppend(&out, "  say ",
                     message.experiment == ExperimentId()
                         ? "all"

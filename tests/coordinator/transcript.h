@@ -46,8 +46,8 @@ class Transcript {
   void Restart();
   void Submit(const std::vector<std::string>& words);
   void EndRound(RoundId round, RoundEnd end);
-  void Store(const Plan& plan);
-  std::string Show(const Plan& plan) const;
+  void Store(const SchedulerPlan& plan);
+  std::string Show(const SchedulerPlan& plan) const;
 
   int64_t now_ns_ = 0;
   std::unique_ptr<Scheduler> scheduler_;

@@ -1,0 +1,638 @@
+#include "coordinator/dispatcher.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <utility>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "base/check.h"
+#include "base/limits.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "base/version.h"
+#include "coordinator/wire.h"
+
+namespace kvsweep {
+namespace {
+
+constexpr size_t kEventsPerTurn = 8192;
+constexpr int64_t kWatchPauseNs = 200 * kNsPerMs;     // between events of one watcher
+constexpr int64_t kWatchPeriodNs = 1 * kNsPerSecond;  // while something runs
+constexpr size_t kWatchMessages = 100;                // kept for a watcher that reads slowly
+
+constexpr char kIncarnationKey[] = "coordinator_incarnation";
+
+std::string DrainedKey(const WorkerId& worker) { return absl::StrCat("drained:", worker.value()); }
+
+std::array<uint64_t, 5> EndedOf(const QueuedExperiment& experiment) {
+  std::array<uint64_t, 5> ended{};
+  ended[static_cast<size_t>(RoundEnd::kAccepted)] = experiment.rounds_done;
+  ended[static_cast<size_t>(RoundEnd::kServed)] = experiment.rounds_served;
+  ended[static_cast<size_t>(RoundEnd::kFailed)] = experiment.rounds_failed;
+  ended[static_cast<size_t>(RoundEnd::kPoisoned)] = experiment.rounds_poisoned;
+  ended[static_cast<size_t>(RoundEnd::kCancelled)] = experiment.rounds_cancelled;
+  return ended;
+}
+
+RoundRequirement RequirementOf(const QueuedRound& round, const QueuedExperiment& experiment,
+                               bool model_travels) {
+  return {.devices = std::max(1u, round.devices),
+          .backend = round.backend,
+          .device_class = {},
+          .model_digest = experiment.model_digest,
+          .model_travels = model_travels,
+          .model_name = experiment.model_name,
+          .uses_host_tier = round.uses_host_tier,
+          .modelled_time = round.modelled_time};
+}
+
+UpsertWorker WorkerRow(const WorkerReport& report, int64_t unix_ns) {
+  UpsertWorker row{.worker_id = report.worker.value(),
+                   .incarnation = report.incarnation,
+                   .machine = report.machine,
+                   .runner_build = report.build,
+                   .method_version = report.method_version,
+                   .facts = report.labels,
+                   .seen_unix_ns = unix_ns};
+  for (size_t slot = 0; slot < report.slots.size(); ++slot) {
+    std::vector<std::string> devices;
+    for (const DeviceDescription& device : report.slots[slot].devices) {
+      devices.push_back(absl::StrCat(device.backend, " ", device.name));
+    }
+    row.facts[absl::StrCat("slot ", slot)] = absl::StrJoin(devices, ", ");
+  }
+  return row;
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------ beginning
+
+absl::StatusOr<std::unique_ptr<Dispatcher>> Dispatcher::Start(const DispatcherOptions& options,
+                                                              Store& store, Clock& clock) {
+  ASSIGN_OR_RETURN(std::unique_ptr<StoreReader> reader, store.OpenReader());
+  ASSIGN_OR_RETURN(const Queue queue, reader->LoadQueue());
+  auto dispatcher = absl::WrapUnique(new Dispatcher(options, store, clock, std::move(reader),
+                                                    Attempt(queue.highest_attempt.value() + 1)));
+  RETURN_IF_ERROR(Annotate(dispatcher->Recover(queue), "reading the store"));
+  dispatcher->thread_ = std::thread([self = dispatcher.get()] { self->Run(); });
+  return dispatcher;
+}
+
+Dispatcher::Dispatcher(const DispatcherOptions& options, Store& store, Clock& clock,
+                       std::unique_ptr<StoreReader> reader, Attempt next_attempt)
+    : options_(options),
+      store_(store),
+      clock_(clock),
+      reader_(std::move(reader)),
+      events_(limits::kEventQueueLength),
+      scheduler_(options.scheduler, next_attempt) {}
+
+Dispatcher::~Dispatcher() {
+  events_.Close();
+  if (thread_.joinable()) thread_.join();
+}
+
+// Puts the scheduler where it was, as far as the store knows; workers tell the rest.
+absl::Status Dispatcher::Recover(const Queue& queue) {
+  now_ns_ = clock_.NowNs();
+  std::map<ExperimentId, const QueuedExperiment*> experiments;
+  for (const QueuedExperiment& experiment : queue.experiments) {
+    experiments[experiment.experiment] = &experiment;
+  }
+  for (size_t begin = 0; begin < queue.rounds.size();) {
+    const QueuedExperiment& experiment = *experiments.at(queue.rounds[begin].experiment);
+    ASSIGN_OR_RETURN(const StoredRound example, reader_->GetRound(queue.rounds[begin].round));
+    const bool model_travels = kvsweep::RequirementOf(example.spec).model_travels;
+    std::vector<RoundDescriptor> rounds;
+    size_t end = begin;
+    for (; end < queue.rounds.size() && queue.rounds[end].experiment == experiment.experiment;
+         ++end) {
+      rounds.push_back(
+          {.round = queue.rounds[end].round,
+           .requirement = RequirementOf(queue.rounds[end], experiment, model_travels)});
+    }
+    const bool first = scheduler_.FindProgress(experiment.experiment) == nullptr;
+    scheduler_.Submit(now_ns_, experiment.experiment, std::move(rounds),
+                      first ? EndedOf(experiment) : std::array<uint64_t, 5>{});
+    begin = end;
+  }
+  for (const QueuedRound& round : queue.rounds) {
+    for (const VoidedAttempt& attempt : round.void_attempts) {
+      scheduler_.RecoverMishap(round.round, {.kind = attempt.worker_lost ? Mishap::Kind::kWorkerLost
+                                                                         : Mishap::Kind::kFailed,
+                                             .worker = WorkerId(attempt.worker_id),
+                                             .machine = attempt.machine,
+                                             .trial = attempt.running_trial.value_or(TrialId()),
+                                             .time_ns = now_ns_,
+                                             .reason = attempt.reason});
+    }
+    if (!round.open_attempt.has_value()) continue;
+    const StoredAttempt& open = *round.open_attempt;
+    scheduler_.RecoverLease(now_ns_, {.attempt = open.attempt,
+                                      .round = round.round,
+                                      .worker = WorkerId(open.worker_id),
+                                      .incarnation = open.incarnation,
+                                      .machine = open.machine,
+                                      .slot = SlotIndex(open.slot)});
+    if (open.finished) AcceptIfFinished(open.attempt);
+  }
+  ASSIGN_OR_RETURN(const std::optional<std::string> incarnation,
+                   reader_->ReadMeta(kIncarnationKey));
+  if (incarnation.has_value() && !absl::SimpleAtoi(*incarnation, &coordinator_incarnation_)) {
+    return absl::DataLossError(absl::StrCat("meta ", kIncarnationKey, " is no number"));
+  }
+  ++coordinator_incarnation_;
+  first_.push_back({PutMeta{kIncarnationKey, absl::StrCat(coordinator_incarnation_)}, nullptr});
+  return absl::OkStatus();
+}
+
+// ---------------------------------------------------------------------------------------- turns
+
+bool Dispatcher::Post(Event event) { return events_.TryPush(std::move(event)); }
+
+void Dispatcher::Run() {
+  while (true) {
+    int64_t wake_ns = wake_ns_;
+    for (const Watcher& watcher : watchers_) wake_ns = std::min(wake_ns, WatchDueNs(watcher));
+    std::vector<Event> events = events_.PopBatch(clock_, wake_ns, kEventsPerTurn);
+    if (events.empty() && events_.closed()) return;
+    now_ns_ = clock_.NowNs();
+    for (Event& event : events) event();
+    Turn();
+  }
+}
+
+void Dispatcher::Turn() {
+  const SchedulerPlan plan = scheduler_.Decide(now_ns_);
+  wake_ns_ = plan.wake_ns;
+  Commit(plan);
+  for (Event& answer : std::exchange(answers_, {})) answer();
+  Tell(plan);
+  UpdateWatchers(plan);
+  if (options_.check_invariants) scheduler_.CheckInvariants();
+}
+
+void Dispatcher::AddRows(const SchedulerPlan& plan, std::vector<Write>* writes) {
+  const int64_t unix_ns = clock_.UnixNs();
+  for (const ExperimentId experiment : plan.cancels) {
+    writes->push_back(
+        {CancelExperiment{experiment, unix_ns}, [this](const OperationResult& result) {
+           for (const Attempt attempt : std::get<CancelResult>(result.value).attempts) {
+             Forget(attempt);
+           }
+         }});
+  }
+  for (const VoidRow& row : plan.voids) {
+    VoidAttempt operation{.attempt = row.attempt,
+                          .reason = row.mishap.reason,
+                          .worker_lost = row.mishap.kind == Mishap::Kind::kWorkerLost,
+                          .running_trial = std::nullopt,
+                          .voided_unix_ns = unix_ns};
+    if (row.mishap.trial != TrialId()) operation.running_trial = row.mishap.trial;
+    writes->push_back({std::move(operation), nullptr});
+    Forget(row.attempt);
+  }
+  for (const FinishRow& row : plan.finishes) {
+    FinishRound operation{.round = row.round,
+                          .state = FinishRound::State::kFailed,
+                          .poisoned_trial = std::nullopt,
+                          .reason = row.reason,
+                          .finished_unix_ns = unix_ns};
+    if (row.end == RoundEnd::kPoisoned) {
+      operation.state = FinishRound::State::kPoisoned;
+      operation.poisoned_trial = row.poisoned_trial;
+    }
+    writes->push_back({std::move(operation), nullptr});
+  }
+  for (const GrantRow& row : plan.grants) {
+    writes->push_back({GrantAttempt{.attempt = row.attempt,
+                                    .round = row.round,
+                                    .worker_id = row.worker.value(),
+                                    .incarnation = row.incarnation,
+                                    .machine = row.machine,
+                                    .slot = static_cast<uint32_t>(row.slot.value()),
+                                    .neighbours = row.neighbours,
+                                    .granted_unix_ns = unix_ns},
+                       nullptr});
+    Live(row.attempt, row.round).granted_ns = now_ns_;
+  }
+}
+
+void Dispatcher::Commit(const SchedulerPlan& plan) {
+  std::vector<Write> writes = std::exchange(first_, {});
+  const size_t first_count = writes.size();
+  AddRows(plan, &writes);
+  const size_t plan_end = writes.size();
+  std::move(later_.begin(), later_.end(), std::back_inserter(writes));
+  later_.clear();
+  if (writes.empty()) return;
+
+  WriteBatch batch;
+  for (Write& write : writes) batch.operations.push_back(std::move(write.operation));
+  const absl::StatusOr<CommitResult> result = store_.Commit(batch);
+  if (!result.ok()) Stop(result.status());
+  for (size_t i = 0; i < writes.size(); ++i) {
+    const OperationResult& operation = result->operations[i];
+    // Scheduler and store say the same about rounds and attempts, or one of them is wrong.
+    if (i >= first_count && i < plan_end) {
+      KVSWEEP_CHECK(operation.status.ok()) << "row " << i << ": " << operation.status.ToString();
+    }
+    if (writes[i].then != nullptr) writes[i].then(operation);
+  }
+}
+
+void Dispatcher::Stop(const absl::Status& status) const {
+  LogError("the store cannot be written any more: ", status.ToString());
+  LogError("stopping; nothing that was acknowledged is lost: see to the disk and start again");
+  std::_Exit(EXIT_FAILURE);
+}
+
+// ----------------------------------------------------------------------------- workers and leases
+
+bool Dispatcher::OnState(std::shared_ptr<WorkerLink> link, WorkerReport report,
+                         uint64_t generation) {
+  return Post([this, link = std::move(link), report = std::move(report), generation]() mutable {
+    TakeState(std::move(link), std::move(report), generation);
+  });
+}
+
+void Dispatcher::TakeState(std::shared_ptr<WorkerLink> link, WorkerReport report,
+                           uint64_t generation) {
+  if (!AdoptLink(link, report)) return;
+  LinkedWorker& worker = workers_.at(report.worker);
+  const bool changed = worker.generation == 0 || generation < worker.generation;
+  worker.generation = generation;
+  worker.unanswered = true;
+  const RosterEntry* known = scheduler_.roster().Find(report.worker);
+  if (changed || known == nullptr || known->report.build != report.build) {
+    first_.push_back({WorkerRow(report, clock_.UnixNs()), nullptr});
+  }
+  const WorkerId id = report.worker;
+  KVSWEEP_CHECK(scheduler_.Heard(now_ns_, std::move(report)));
+  if (known != nullptr) return;
+  const absl::StatusOr<std::optional<std::string>> drained = reader_->ReadMeta(DrainedKey(id));
+  if (!drained.ok()) Stop(drained.status());
+  if (drained->value_or("") == "1") scheduler_.Drain(now_ns_, id, true);
+}
+
+// Makes `link` the one link of its worker. False, and closes it, if it may not be.
+bool Dispatcher::AdoptLink(const std::shared_ptr<WorkerLink>& link, const WorkerReport& report) {
+  if (closing_) {
+    link->Close(absl::UnavailableError("the coordinator is stopping"));
+    return false;
+  }
+  const Roster& roster = scheduler_.roster();
+  if (roster.IsSuperseded(report.worker, report.incarnation)) {
+    link->Close(absl::FailedPreconditionError(absl::StrCat(
+        "worker ", report.worker.value(), " was started again elsewhere; this process must end")));
+    return false;
+  }
+  const auto found = workers_.find(report.worker);
+  if (found == workers_.end()) {
+    if (roster.Find(report.worker) == nullptr &&
+        static_cast<int64_t>(roster.entries().size()) >= limits::kWorkers) {
+      link->Close(absl::ResourceExhaustedError(
+          absl::StrCat("there are ", limits::kWorkers, " workers already")));
+      return false;
+    }
+    workers_[report.worker] = {.link = link, .incarnation = report.incarnation};
+    return true;
+  }
+  LinkedWorker& worker = found->second;
+  if (worker.link == link) {
+    if (worker.incarnation == report.incarnation) return true;
+    link->Close(absl::InvalidArgumentError("a stream belongs to one incarnation of a worker"));
+    return false;
+  }
+  worker.link->Close(absl::AbortedError("replaced by a newer stream of the same worker"));
+  worker = {.link = link, .incarnation = report.incarnation};
+  return true;
+}
+
+bool Dispatcher::OnLinkEnded(std::shared_ptr<WorkerLink> link) {
+  return Post([this, link = std::move(link)] {
+    for (const auto& [id, worker] : workers_) {
+      if (worker.link != link) continue;
+      scheduler_.Broken(now_ns_, id, worker.incarnation);
+      workers_.erase(WorkerId(id));
+      return;
+    }
+  });
+}
+
+void Dispatcher::Tell(const SchedulerPlan& plan) {
+  for (const WorkerWish& wish : plan.wishes) TellWorker(wish);
+}
+
+void Dispatcher::TellWorker(const WorkerWish& wish) {
+  const auto found = workers_.find(wish.worker);
+  if (found == workers_.end() || found->second.incarnation != wish.incarnation) return;
+  LinkedWorker& worker = found->second;
+  if (wish.slots.empty() && !worker.unanswered) return;
+  std::map<Attempt, std::string> specs;
+  for (const SlotWish& slot : wish.slots) {
+    if (slot.kind == SlotWish::Kind::kRun)
+      specs[slot.attempt] = Live(slot.attempt, slot.round).spec;
+  }
+  DesiredState desired = WishToWire(wish, specs);
+  // Four states in the time after which silence is shown.
+  desired.set_next_after_ns(std::min(kNsPerSecond, options_.scheduler.lease.lost_after_ns / 4));
+  desired.set_coordinator_incarnation(coordinator_incarnation_);
+  desired.set_generation(worker.generation);
+  worker.link->Tell(std::move(desired));
+  if (!std::exchange(worker.unanswered, false)) return;
+  worker.link->ReadOn();
+}
+
+Dispatcher::LiveRound& Dispatcher::Live(Attempt attempt, RoundId round) {
+  const auto [found, inserted] = live_.try_emplace(attempt);
+  LiveRound& live = found->second;
+  if (!inserted) return live;
+  const absl::StatusOr<StoredRound> stored = reader_->GetRound(round);
+  if (!stored.ok()) Stop(stored.status());
+  live.experiment = stored->experiment;
+  live.spec = stored->spec.SerializeAsString();
+  for (const StoredTrial& trial : stored->trials) {
+    live.names[trial.trial] = absl::StrCat(trial.arm_name, " ", stored->cell_name);
+  }
+  return live;
+}
+
+void Dispatcher::Forget(Attempt attempt) { live_.erase(attempt); }
+
+// --------------------------------------------------------------------------------- measurements
+
+bool Dispatcher::OnBatch(std::shared_ptr<ReportLink> link, ReportBatch batch) {
+  return Post([this, link = std::move(link), batch = std::move(batch)]() mutable {
+    TakeBatch(std::move(link), std::move(batch));
+  });
+}
+
+void Dispatcher::TakeBatch(std::shared_ptr<ReportLink> link, ReportBatch batch) {
+  const Attempt attempt(batch.attempt());
+  ReportReply reply;
+  reply.set_attempt(batch.attempt());
+  if (!scheduler_.MayReport(WorkerId(batch.worker_id()), batch.incarnation(), attempt)) {
+    reply.set_refused(true);
+    reply.set_reason("the attempt belongs to another worker");
+    link->Reply(std::move(reply));
+    return;
+  }
+  const bool ends = EndsWithFinish(batch);
+  AppendRecords append{.attempt = attempt, .first_sequence = batch.first_sequence(), .records = {}};
+  append.records.assign(std::make_move_iterator(batch.mutable_records()->begin()),
+                        std::make_move_iterator(batch.mutable_records()->end()));
+  later_.push_back({std::move(append), [this, link = std::move(link), reply = std::move(reply),
+                                        attempt](const OperationResult& result) mutable {
+                      if (!result.status.ok()) {
+                        reply.set_refused(true);
+                        reply.set_reason(std::string(result.status.message()));
+                        link->Reply(std::move(reply));
+                        return;
+                      }
+                      const auto& stored = std::get<AppendResult>(result.value);
+                      reply.set_acknowledged_through(stored.acknowledged_through);
+                      reply.set_refused(stored.state != AppendResult::State::kStored);
+                      reply.set_reason(stored.reason);
+                      link->Reply(std::move(reply));
+                      if (stored.state != AppendResult::State::kVoided) return;
+                      RoundTakenBack(attempt, stored.reason);
+                    }});
+  if (ends) AcceptIfFinished(attempt);
+}
+
+void Dispatcher::AcceptIfFinished(Attempt attempt) {
+  later_.push_back(
+      {AcceptAttempt{attempt, clock_.UnixNs()}, [this, attempt](const OperationResult& result) {
+         if (!result.status.ok()) return;
+         const auto& accepted = std::get<AcceptResult>(result.value);
+         if (accepted.state == AcceptResult::State::kAccepted) {
+           RoundAccepted(attempt);
+         } else if (accepted.state == AcceptResult::State::kVoided) {
+           RoundTakenBack(attempt, accepted.reason);
+         }
+       }});
+}
+
+// The store has queued the round again; the scheduler must not write that a second time.
+void Dispatcher::RoundTakenBack(Attempt attempt, const std::string& reason) {
+  scheduler_.Refused(now_ns_, attempt, reason);
+  Forget(attempt);
+  wake_ns_ = now_ns_;
+}
+
+void Dispatcher::RoundAccepted(Attempt attempt) {
+  scheduler_.Accepted(now_ns_, attempt);
+  wake_ns_ = now_ns_;
+  const auto live = live_.find(attempt);
+  if (live == live_.end()) return;
+  if (live->second.granted_ns > 0) {
+    Pace& pace = paces_[live->second.experiment];
+    pace.total_ns += now_ns_ - live->second.granted_ns;
+    ++pace.rounds;
+  }
+  live_.erase(live);
+}
+
+// ---------------------------------------------------------------------------------------- people
+
+bool Dispatcher::Submit(Submission submission, Done<absl::StatusOr<SubmitReply>> done) {
+  return Post([this, submission = std::move(submission), done = std::move(done)]() mutable {
+    std::vector<RoundRequirement> requirements;
+    for (const NewRound& round : submission.operation.rounds) {
+      requirements.push_back(RequirementOf(round.spec));
+    }
+    SubmitReply reply;
+    reply.set_rounds(submission.operation.rounds.size());
+    reply.set_trials(submission.trials);
+    reply.set_rounds_served(submission.rounds_served);
+    later_.push_back({std::move(submission.operation),
+                      [this, requirements = std::move(requirements), reply = std::move(reply),
+                       done = std::move(done)](const OperationResult& result) mutable {
+                        if (!result.status.ok()) return done(result.status);
+                        const auto& submitted = std::get<SubmitResult>(result.value);
+                        if (!submitted.repeated) Enqueue(submitted, std::move(requirements));
+                        reply.set_experiment_id(submitted.experiment.value());
+                        done(std::move(reply));
+                      }});
+  });
+}
+
+void Dispatcher::Enqueue(const SubmitResult& submitted,
+                         std::vector<RoundRequirement> requirements) {
+  std::vector<RoundDescriptor> rounds;
+  std::array<uint64_t, 5> ended{};
+  for (size_t i = 0; i < submitted.rounds.size(); ++i) {
+    if (submitted.rounds[i].served) {
+      ++ended[static_cast<size_t>(RoundEnd::kServed)];
+    } else {
+      rounds.push_back({submitted.rounds[i].round, std::move(requirements[i])});
+    }
+  }
+  scheduler_.Submit(now_ns_, submitted.experiment, std::move(rounds), ended);
+  wake_ns_ = now_ns_;
+}
+
+bool Dispatcher::PutFile(struct PutFile file, Done<absl::Status> done) {
+  return Post([this, file = std::move(file), done = std::move(done)]() mutable {
+    later_.push_back(
+        {std::move(file),
+         [done = std::move(done)](const OperationResult& result) mutable { done(result.status); }});
+  });
+}
+
+bool Dispatcher::Cancel(ExperimentId experiment, Done<uint64_t> done) {
+  return Post([this, experiment, done = std::move(done)]() mutable {
+    const uint64_t cancelled = scheduler_.Cancel(now_ns_, experiment);
+    answers_.push_back([done = std::move(done), cancelled]() mutable { done(cancelled); });
+  });
+}
+
+bool Dispatcher::Drain(WorkerId worker, bool draining, Done<bool> done) {
+  return Post([this, worker = std::move(worker), draining, done = std::move(done)]() mutable {
+    const bool known = scheduler_.Drain(now_ns_, worker, draining);
+    if (!known) return done(false);
+    later_.push_back({PutMeta{DrainedKey(worker), draining ? "1" : "0"},
+                      [done = std::move(done)](const OperationResult&) mutable { done(true); }});
+  });
+}
+
+bool Dispatcher::Workers(Done<Table> done) {
+  return Post([this, done = std::move(done)]() mutable {
+    done(WorkersTable(scheduler_.roster(), now_ns_));
+  });
+}
+
+// Builds and classes of the workers that are connected; none: our own build, on any device.
+bool Dispatcher::Reuse(Done<ReuseRules> done) {
+  return Post([this, done = std::move(done)]() mutable {
+    std::set<std::string> builds;
+    std::set<std::string> classes;
+    for (const auto& [id, entry] : scheduler_.roster().entries()) {
+      if (entry.presence != Presence::kConnected) continue;
+      for (const SlotReport& slot : entry.report.slots) {
+        if (slot.devices.empty()) continue;
+        builds.insert(entry.report.build);
+        classes.insert(slot.devices[0].device_class);
+      }
+    }
+    if (builds.empty()) builds.insert(GetBuildInfo().runner_digest);
+    ReuseRules rules;
+    rules.runner_builds.assign(builds.begin(), builds.end());
+    rules.device_classes.assign(classes.begin(), classes.end());
+    done(std::move(rules));
+  });
+}
+
+// -------------------------------------------------------------------------------------- watching
+
+bool Dispatcher::Watch(std::shared_ptr<WatchLink> link, ExperimentId experiment) {
+  return Post([this, link = std::move(link), experiment]() mutable {
+    if (closing_) return link->Close(absl::UnavailableError("the coordinator is stopping"));
+    if (static_cast<int64_t>(watchers_.size()) >= limits::kWatchers) {
+      return link->Close(absl::ResourceExhaustedError("too many watchers"));
+    }
+    if (scheduler_.FindProgress(experiment) == nullptr) {
+      return link->Close(absl::NotFoundError(
+          absl::StrCat("there is no experiment ", experiment.value(), " that is not finished")));
+    }
+    watchers_.push_back({.link = std::move(link), .experiment = experiment, .messages = {}});
+  });
+}
+
+bool Dispatcher::CloseLinks(Done<absl::Status> done) {
+  return Post([this, done = std::move(done)]() mutable {
+    closing_ = true;
+    const absl::Status stopping = absl::UnavailableError("the coordinator is stopping");
+    for (const auto& [id, worker] : workers_) worker.link->Close(stopping);
+    for (const Watcher& watcher : watchers_) watcher.link->Close(stopping);
+    workers_.clear();
+    watchers_.clear();
+    done(absl::OkStatus());
+  });
+}
+
+int64_t Dispatcher::WatchDueNs(const Watcher& watcher) const {
+  return watcher.sent_ns + (watcher.dirty ? kWatchPauseNs : kWatchPeriodNs);
+}
+
+void Dispatcher::UpdateWatchers(const SchedulerPlan& plan) {
+  for (const LogLine& line : plan.messages) LogInfo(line.text);
+  for (Watcher& watcher : watchers_) {
+    watcher.dirty = watcher.dirty || std::binary_search(plan.changed.begin(), plan.changed.end(),
+                                                        watcher.experiment);
+    for (const LogLine& line : plan.messages) {
+      if (line.experiment != ExperimentId() && line.experiment != watcher.experiment) continue;
+      watcher.messages.push_back(line.text);
+      if (watcher.messages.size() > kWatchMessages) {
+        watcher.messages.pop_front();
+        ++watcher.dropped_messages;
+      }
+      watcher.dirty = true;
+    }
+    if (watcher.link->Gone() || now_ns_ < WatchDueNs(watcher)) continue;
+    const bool ready = watcher.link->Ready();
+    watcher.sent_ns = now_ns_;
+    if (!ready) continue;
+    watcher.dirty = false;
+    WatchEvent event = EventFor(watcher);
+    const bool finished = event.finished();
+    watcher.link->Send(std::move(event));
+    if (!finished) continue;
+    watcher.link->Close(absl::OkStatus());
+    watcher.link = nullptr;
+  }
+  std::erase_if(watchers_, [](const Watcher& watcher) {
+    return watcher.link == nullptr || watcher.link->Gone();
+  });
+}
+
+WatchEvent Dispatcher::EventFor(Watcher& watcher) {
+  const ExperimentProgress& progress = *scheduler_.FindProgress(watcher.experiment);
+  const auto ended = [&](RoundEnd end) { return progress.ended[static_cast<size_t>(end)]; };
+  WatchEvent event;
+  event.set_experiment_id(watcher.experiment.value());
+  event.set_rounds(progress.rounds);
+  event.set_rounds_done(ended(RoundEnd::kAccepted));
+  event.set_rounds_served(ended(RoundEnd::kServed));
+  event.set_rounds_failed(ended(RoundEnd::kFailed) + ended(RoundEnd::kPoisoned) +
+                          ended(RoundEnd::kCancelled));
+  event.set_rounds_running(progress.running);
+  event.set_waiting_for(scheduler_.WaitingFor(watcher.experiment));
+  event.set_finished(progress.finished());
+  if (watcher.dropped_messages > 0) {
+    event.add_messages(absl::StrCat("(", watcher.dropped_messages, " lines left out)"));
+  }
+  for (std::string& message : watcher.messages) event.add_messages(std::move(message));
+  watcher.messages.clear();
+  watcher.dropped_messages = 0;
+
+  event.set_eta_ns(-1);
+  const auto pace = paces_.find(watcher.experiment);
+  if (pace != paces_.end() && progress.running > 0) {
+    // On the average a running round is half done.
+    const int64_t mean_ns = pace->second.total_ns / pace->second.rounds;
+    const int64_t halves = static_cast<int64_t>(2 * progress.queued + progress.running);
+    event.set_eta_ns(mean_ns * halves / 2 / static_cast<int64_t>(progress.running));
+  }
+  for (const RunningAttempt& row : scheduler_.Running(watcher.experiment)) {
+    RunningTrial* trial = event.add_running();
+    trial->set_worker_id(row.worker.value());
+    trial->set_slot(static_cast<uint32_t>(row.slot.value()));
+    if (!row.holding.has_value()) continue;
+    const LiveRound& live = Live(row.attempt, row.round);
+    const auto name = live.names.find(row.holding->trial);
+    trial->set_trial_id(row.holding->trial.value());
+    trial->set_trial(name == live.names.end() ? "" : name->second);
+    trial->set_phase(row.holding->trial_phase);
+    trial->set_done(row.holding->done);
+    trial->set_total(row.holding->total);
+  }
+  return event;
+}
+
+}  // namespace kvsweep
