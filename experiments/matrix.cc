@@ -228,6 +228,12 @@ Cell Matrix::CellAt(uint64_t index) const {
   return cell;
 }
 
+std::vector<Cell> Matrix::cells() const {
+  std::vector<Cell> cells;
+  for (uint64_t i = 0; i < cell_count_; ++i) cells.push_back(CellAt(i));
+  return cells;
+}
+
 uint64_t Matrix::groups() const {
   const uint64_t others = arms_.size() - 1;
   const uint64_t places = round_arms_ - 1;

@@ -60,14 +60,15 @@ struct PlannedRound {
 class Matrix {
  public:
   // Expands `experiment` (which must have passed ValidateExperiment). InvalidArgument when an arm
-  // or cell is not sound once its axes are applied, when names collide, or past kMaxTrials (with
-  // the count; nothing is expanded).
+  // or cell is not sound once its axes are applied, when names collide, or past the limit of trials
+  // (with the count; nothing is expanded).
   static absl::StatusOr<Matrix> Create(const Experiment& experiment,
                                        const ExperimentInputs& inputs);
 
   const std::vector<Arm>& arms() const { return arms_; }  // expanded; defaults filled in
   size_t reference() const { return reference_; }         // index into arms()
   uint64_t cell_count() const { return cell_count_; }
+  std::vector<Cell> cells() const;    // all of them
   Cell CellAt(uint64_t index) const;  // REQUIRES: index < cell_count()
   uint64_t repeats() const { return repeats_; }
 
@@ -101,8 +102,8 @@ class Matrix {
   uint64_t repeats_ = 0;
   uint32_t round_arms_ = 0;
   bool has_quality_ = false;
-  std::vector<std::pair<size_t, size_t>>
-      quality_;  // (arm, cell) that first asks each distinct quality question
+  // (arm, cell) that first asks each distinct quality question.
+  std::vector<std::pair<size_t, uint64_t>> quality_;
 };
 
 // The key under which a trial's result can be found again, 32 bytes: SHA-256 over the canonical

@@ -99,7 +99,7 @@ absl::string_view EngagementName(Engagement engagement);
 // Lower-case name of an outcome: "ok", "oom", …
 std::string OutcomeName(Outcome outcome);
 
-// docs/METRICS.md, whole.
+// The tables of docs/METRICS.md.
 std::string MetricsMarkdown();
 
 }  // namespace kvsweep

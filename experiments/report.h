@@ -76,7 +76,7 @@ struct ReportInput {
   std::string model;            // for the heading
   bool random_weights = false;  // quality is "none"
   uint32_t repeats = 0;         // planned
-  uint64_t rounds_planned = 0;
+  uint64_t rounds_planned = 0;  // quality rounds included
   std::vector<ReportArm> arms;
   std::vector<std::string> cells;  // names
   size_t reference = 0;            // index into arms
