@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <utility>
 
-#include "absl/strings/escaping.h"
+#include "absl/memory/memory.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -91,7 +91,9 @@ Dispatcher::Dispatcher(const DispatcherOptions& options, Store& store, Clock& cl
       events_(limits::kEventQueueLength),
       scheduler_(options.scheduler, next_attempt) {}
 
-Dispatcher::~Dispatcher() {
+Dispatcher::~Dispatcher() { Stop(); }
+
+void Dispatcher::Stop() {
   events_.Close();
   if (thread_.joinable()) thread_.join();
 }
@@ -234,7 +236,7 @@ void Dispatcher::Commit(const SchedulerPlan& plan) {
   WriteBatch batch;
   for (Write& write : writes) batch.operations.push_back(std::move(write.operation));
   const absl::StatusOr<CommitResult> result = store_.Commit(batch);
-  if (!result.ok()) Stop(result.status());
+  if (!result.ok()) EndProcess(result.status());
   for (size_t i = 0; i < writes.size(); ++i) {
     const OperationResult& operation = result->operations[i];
     // Scheduler and store say the same about rounds and attempts, or one of them is wrong.
@@ -245,7 +247,7 @@ void Dispatcher::Commit(const SchedulerPlan& plan) {
   }
 }
 
-void Dispatcher::Stop(const absl::Status& status) const {
+void Dispatcher::EndProcess(const absl::Status& status) const {
   LogError("the store cannot be written any more: ", status.ToString());
   LogError("stopping; nothing that was acknowledged is lost: see to the disk and start again");
   std::_Exit(EXIT_FAILURE);
@@ -275,7 +277,7 @@ void Dispatcher::TakeState(std::shared_ptr<WorkerLink> link, WorkerReport report
   KVSWEEP_CHECK(scheduler_.Heard(now_ns_, std::move(report)));
   if (known != nullptr) return;
   const absl::StatusOr<std::optional<std::string>> drained = reader_->ReadMeta(DrainedKey(id));
-  if (!drained.ok()) Stop(drained.status());
+  if (!drained.ok()) EndProcess(drained.status());
   if (drained->value_or("") == "1") scheduler_.Drain(now_ns_, id, true);
 }
 
@@ -353,7 +355,7 @@ Dispatcher::LiveRound& Dispatcher::Live(Attempt attempt, RoundId round) {
   LiveRound& live = found->second;
   if (!inserted) return live;
   const absl::StatusOr<StoredRound> stored = reader_->GetRound(round);
-  if (!stored.ok()) Stop(stored.status());
+  if (!stored.ok()) EndProcess(stored.status());
   live.experiment = stored->experiment;
   live.spec = stored->spec.SerializeAsString();
   for (const StoredTrial& trial : stored->trials) {

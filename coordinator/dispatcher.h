@@ -78,8 +78,10 @@ class Dispatcher {
   static absl::StatusOr<std::unique_ptr<Dispatcher>> Start(const DispatcherOptions& options,
                                                            Store& store, Clock& clock);
 
-  // Ends the thread after what was posted before.
   ~Dispatcher();
+
+  // Ends the thread, after what was posted before. Idempotent.
+  void Stop();
 
   // ---- from any thread; none waits ----
   // Each returns false, and drops its arguments, if the queue is full or the dispatcher is
@@ -170,7 +172,7 @@ class Dispatcher {
   WatchEvent EventFor(Watcher& watcher);
   int64_t WatchDueNs(const Watcher& watcher) const;
 
-  [[noreturn]] void Stop(const absl::Status& status) const;
+  [[noreturn]] void EndProcess(const absl::Status& status) const;
 
   const DispatcherOptions options_;
   Store& store_;

@@ -75,6 +75,15 @@ absl::StatusOr<std::vector<std::string>> MissingFiles(const SubmitRequest& reque
   return missing;
 }
 
+// A round travels to its worker in one message.
+absl::Status CheckRoundSize(const RoundSpec& spec) {
+  const size_t limit = limits::kMessageBytes / 2;
+  if (spec.ByteSizeLong() <= limit) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("a round of ", spec.trials_size(), " arms takes ", spec.ByteSizeLong(),
+                   " bytes, more than ", limit, ": lower round_arms"));
+}
+
 // The part of a planned round that consists of the trials at `positions`, in running order.
 NewRound Part(const PlannedRound& planned, const std::vector<size_t>& positions) {
   NewRound round;
@@ -217,6 +226,7 @@ absl::StatusOr<Submission> PlanSubmission(const SubmitRequest& request, const Re
     ASSIGN_OR_RETURN(std::vector<NewRound> parts,
                      SplitRound(matrix.RoundAt(index), matrix.reference(), rules, reader));
     for (NewRound& part : parts) {
+      RETURN_IF_ERROR(CheckRoundSize(part.spec));
       submission.trials += part.trials.size();
       if (part.served_by.has_value()) {
         ++submission.rounds_served;
@@ -225,6 +235,10 @@ absl::StatusOr<Submission> PlanSubmission(const SubmitRequest& request, const Re
       }
       operation.rounds.push_back(std::move(part));
     }
+  }
+  if (submission.queued_trials > static_cast<uint64_t>(limits::kQueuedTrials)) {
+    return absl::ResourceExhaustedError(absl::StrCat(submission.queued_trials, " trials; at most ",
+                                                     limits::kQueuedTrials, " can be queued"));
   }
   return submission;
 }

@@ -16,7 +16,7 @@ namespace kvsweep {
 namespace {
 
 constexpr size_t kFinishRecordBytes = 128;  // a finish record is two numbers and a digest
-constexpr size_t kTableMessageBytes = limits::kMessageBytes / 2;
+constexpr size_t kFullMessageBytes = limits::kMessageBytes / 2;  // of what goes out
 
 absl::Status CheckName(absl::string_view name, absl::string_view what, bool required) {
   if ((required && name.empty()) || name.size() > static_cast<size_t>(limits::kNameLength) ||
@@ -143,7 +143,14 @@ bool EndsWithFinish(const ReportBatch& batch) {
 
 DesiredState WishToWire(const WorkerWish& wish, const std::map<Attempt, std::string>& round_specs) {
   DesiredState desired;
+  size_t bytes = 0;
   for (const SlotWish& slot : wish.slots) {
+    if (slot.kind == SlotWish::Kind::kRun) {
+      // What does not fit comes with the next answer; a slot that is not named is left as it is.
+      const size_t spec_bytes = round_specs.at(slot.attempt).size();
+      if (bytes > 0 && bytes + spec_bytes > kFullMessageBytes) continue;
+      bytes += spec_bytes;
+    }
     SlotDesire* message = desired.add_slots();
     message->set_index(static_cast<uint32_t>(slot.slot.value()));
     message->set_attempt(slot.attempt.value());
@@ -212,13 +219,13 @@ size_t SetField(const TableCell& value, TableValue* field) {
   } else if (const auto* real = std::get_if<double>(&value)) {
     field->set_real(*real);
   } else if (const auto* text = std::get_if<std::string>(&value)) {
-    if (text->size() > kTableMessageBytes) {
+    if (text->size() > kFullMessageBytes) {
       field->set_text(absl::StrCat("(", text->size(), " bytes: too large to be sent)"));
     } else {
       field->set_text(*text);
     }
   } else if (const auto* blob = std::get_if<Blob>(&value)) {
-    if (blob->bytes.size() > kTableMessageBytes) {
+    if (blob->bytes.size() > kFullMessageBytes) {
       field->set_text(absl::StrCat("(", blob->bytes.size(), " bytes: too large to be sent)"));
     } else {
       field->set_blob(blob->bytes);
@@ -238,13 +245,13 @@ std::vector<TableReply> TableToWire(const Table& table) {
     size_t row_bytes = 8;
     for (const TableCell& value : values) row_bytes += SetField(value, row.add_values());
     if (row_bytes >
-        kTableMessageBytes) {  // wide rows of long texts: keep the columns, drop what is long
+        kFullMessageBytes) {  // wide rows of long texts: keep the columns, drop what is long
       for (TableValue& field : *row.mutable_values()) {
         if (field.ByteSizeLong() > 1024) field.set_text("(too large to be sent)");
       }
       row_bytes = row.ByteSizeLong() + 8;
     }
-    if (bytes + row_bytes > kTableMessageBytes && messages.back().rows_size() > 0) {
+    if (bytes + row_bytes > kFullMessageBytes && messages.back().rows_size() > 0) {
       messages.emplace_back();
       bytes = 0;
     }

@@ -1,0 +1,115 @@
+#include <pthread.h>
+#include <signal.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/log.h"
+#include "base/text.h"
+#include "base/version.h"
+#include "coordinator/service.h"
+#include "storage/sqlite_store.h"
+
+namespace kvsweep {
+namespace {
+
+constexpr char kDescription[] =
+    "Queue, leases and results store of kvsweep. Workers dial in and ask for work; people submit "
+    "and watch with "
+    "`kvsweep`. Everything is in one store file: stop it at any time and start it again.";
+
+constexpr char kExample[] =
+    "\nExample:\n"
+    "  kvsweep-coordinator --store results.db &\n"
+    "  kvsweep-worker --coordinator 127.0.0.1:7470 --models models &\n"
+    "  kvsweep submit --coordinator 127.0.0.1:7470 experiments/specs/quickstart.yaml\n"
+    "\n"
+    "The first line on stdout is the address, so that --listen 127.0.0.1:0 can be used in "
+    "scripts.\n";
+
+int Fail(const std::string& what) {
+  std::fprintf(stderr, "kvsweep-coordinator: %s\n", what.c_str());
+  return 1;
+}
+
+struct Flags {
+  std::vector<std::string> listen = {"127.0.0.1:7470"};
+  std::string store = "kvsweep.db";
+  std::string lease = "15s";
+  std::string log_level = "info";
+};
+
+int Serve(const Flags& flags) {
+  const absl::StatusOr<LogLevel> level = ParseLogLevel(flags.log_level);
+  if (!level.ok()) return Fail(std::string(level.status().message()));
+  SetLog("kvsweep-coordinator", *level);
+  const absl::StatusOr<int64_t> lease_ns = ParseDurationNs(flags.lease);
+  if (!lease_ns.ok() || *lease_ns < kNsPerSecond / 2) {
+    return Fail("--lease " + flags.lease + ": a duration of at least 500ms, such as 15s");
+  }
+
+  // Blocked before any thread starts, so that all inherit it and only sigwait below takes them.
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+
+  absl::StatusOr<std::unique_ptr<Store>> store = OpenSqliteStore(flags.store);
+  if (!store.ok()) return Fail(std::string(store.status().message()));
+  CoordinatorOptions options;
+  options.store = *std::move(store);
+  options.store_path = flags.store;
+  options.listen = flags.listen;
+  // A short lease shortens what leads up to it: silence is shown after a fifth of it, as 3 s of 15
+  // s.
+  options.scheduler.lease.lease_ns = *lease_ns;
+  options.scheduler.lease.lost_after_ns = std::min(3 * kNsPerSecond, *lease_ns / 5);
+  options.scheduler.lease.reconnect_ns = std::min(2 * kNsPerSecond, *lease_ns / 2);
+  absl::StatusOr<std::unique_ptr<Coordinator>> coordinator =
+      Coordinator::Start(std::move(options), RealClock::Get());
+  if (!coordinator.ok()) return Fail(std::string(coordinator.status().message()));
+  for (const std::string& address : (*coordinator)->addresses()) {
+    std::printf("%s\n", address.c_str());
+  }
+  std::fflush(stdout);
+  LogInfo("store ", flags.store, ", lease ", FormatDurationNs(*lease_ns));
+
+  int signal_number = 0;
+  sigwait(&signals, &signal_number);
+  LogInfo("stopping; workers go on with what they run");
+  (*coordinator)->Shutdown();
+  return 0;
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app(kDescription, "kvsweep-coordinator");
+  Flags flags;
+  app.footer(kExample);
+  app.set_version_flag("--version",
+                       std::string(GetBuildInfo().version) + " (" + GetBuildInfo().commit + ")");
+  app.add_option("--listen", flags.listen,
+                 "Where to listen: HOST:PORT on loopback (port 0: any free one), or unix:PATH; may "
+                 "be repeated")
+      ->capture_default_str();
+  app.add_option("--store", flags.store, "Store file; made if missing")->capture_default_str();
+  app.add_option("--lease", flags.lease, "How long a silent worker keeps its round")
+      ->capture_default_str();
+  app.add_option("--log-level", flags.log_level, "debug, info, warning, error or off")
+      ->capture_default_str();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error);
+  }
+  return Serve(flags);
+}
+
+}  // namespace
+}  // namespace kvsweep
+
+int main(int argc, char** argv) { return kvsweep::Main(argc, argv); }
