@@ -13,12 +13,14 @@
 #include <string>
 #include <vector>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
 #include "base/check.h"
 #include "base/digest.h"
 #include "base/file.h"
@@ -65,8 +67,9 @@ const std::vector<Library>& Libraries() {
   return libraries;
 }
 
-// Which files form a part, and what they may include: paths from the root of the tree by prefix,
-// libraries by name. A file belongs to the first part with a matching prefix.
+// Which files form a part, and what they may include: paths from the root of the tree by prefix
+// ("a/*" is the folder without those below it), libraries by name. A file belongs to the first part
+// with a matching prefix.
 struct Part {
   std::vector<std::string> files;
   std::vector<std::string> may_include;
@@ -101,7 +104,7 @@ const std::vector<Part>& Parts() {
        {"nlohmann-json", "protobuf"}},
       {{"worker/runner/"},
        {"base/", "experiments/", "worker/engine/", "worker/strategies/", "worker/runner/",
-        "kernels/", "proto/experiment.pb.h", "proto/runner.pb.h"},
+        "worker/frames.h", "kernels/", "proto/experiment.pb.h", "proto/runner.pb.h"},
        {"protobuf"}},
       {{"proto/"}, {"base/", "proto/"}, {"protobuf", "protobuf reflection", "yaml-cpp"}},
       {{"experiments/"},
@@ -118,9 +121,12 @@ const std::vector<Part>& Parts() {
       {{"coordinator/"},
        {"base/", "coordinator/", "experiments/", "storage/", "proto/"},
        {"protobuf", "protobuf reflection", "gRPC", "HTTP", "metrics"}},
+      // Says which models and files a worker holds, by the same digests as a submission.
+      {{"worker/round_files"},
+       {"base/", "worker/*", "proto/", "experiments/files.h"},
+       {"protobuf"}},
       {{"worker/"},
-       {"base/", "worker/session", "worker/outbox", "worker/daemon", "worker/runner_process",
-        "proto/"},
+       {"base/", "worker/*", "proto/"},
        {"protobuf", "protobuf reflection", "gRPC", "HTTP", "metrics"}},
   };
   return parts;
@@ -247,8 +253,10 @@ std::vector<std::string> IncludesOf(const std::string& text) {
 }
 
 bool StartsWithAny(absl::string_view text, const std::vector<std::string>& prefixes) {
-  return std::any_of(prefixes.begin(), prefixes.end(),
-                     [&](const std::string& prefix) { return absl::StartsWith(text, prefix); });
+  return std::any_of(prefixes.begin(), prefixes.end(), [&](absl::string_view prefix) {
+    if (!absl::ConsumeSuffix(&prefix, "*")) return absl::StartsWith(text, prefix);
+    return absl::StartsWith(text, prefix) && !absl::StrContains(text.substr(prefix.size()), '/');
+  });
 }
 
 const Part* PartOf(absl::string_view path) {
@@ -310,19 +318,12 @@ std::vector<std::string> CheckSwitchedOff(const SourceFile& file) {
   return violations;
 }
 
-// Whether a CMake file of the file's own folder, or of one above it, names the file outside a
-// comment.
-std::vector<std::string> CheckIsBuilt(const std::string& path,
-                                      const std::vector<SourceFile>& cmake_files) {
-  for (const SourceFile& cmake : cmake_files) {
-    const std::string folder = cmake.path.substr(0, cmake.path.rfind('/') + 1);
-    if (!absl::StartsWith(path, folder)) continue;
-    const std::string code = std::regex_replace(cmake.text, std::regex("#[^\n]*"), "");
-    const std::vector<std::string> words =
-        absl::StrSplit(code, absl::ByAnyChar(" \t\r\n()\""), absl::SkipEmpty());
-    if (std::count(words.begin(), words.end(), path.substr(folder.size())) > 0) return {};
-  }
-  return {absl::StrCat(path, ": no CMakeLists.txt of its folder or above names it")};
+// `built`: every source of every target, as the configure step of this build listed them.
+std::vector<std::string> CheckIsBuilt(const SourceFile& file,
+                                      const absl::flat_hash_set<std::string>& built) {
+  const bool is_source = absl::EndsWith(file.path, ".cc") || absl::EndsWith(file.path, ".cu");
+  if (!is_source || built.contains(file.path)) return {};
+  return {absl::StrCat(file.path, ": belongs to no target; name it in a CMakeLists.txt")};
 }
 
 template <typename Check>
@@ -345,11 +346,13 @@ TEST(Tidy, TimeChanceAndSleepComeFromBase) { ExpectCleanTree(CheckCalls); }
 TEST(Tidy, NoTestIsSwitchedOff) { ExpectCleanTree(CheckSwitchedOff); }
 
 TEST(Tidy, EverySourceAndTestBelongsToATarget) {
-  const std::vector<SourceFile> cmake_files = ReadTree({"CMakeLists.txt"});
-  ExpectCleanTree([&](const SourceFile& file) {
-    if (!absl::EndsWith(file.path, ".cc")) return std::vector<std::string>{};
-    return CheckIsBuilt(file.path, cmake_files);
-  });
+  const std::string list = *ReadFile(KVSWEEP_SOURCE_LIST, kSourceBytes);
+  absl::flat_hash_set<std::string> built;
+  for (const absl::string_view path : absl::StrSplit(list, '\n', absl::SkipEmpty())) {
+    built.insert(std::filesystem::path(std::string(path))
+                     .lexically_relative(std::filesystem::current_path()));
+  }
+  ExpectCleanTree([&](const SourceFile& file) { return CheckIsBuilt(file, built); });
 }
 
 // The digests in the README of the data are what others cite; they must be those of the files in
@@ -387,6 +390,8 @@ TEST(TidyChecks, FindForbiddenIncludes) {
             0u);
   EXPECT_EQ(count("experiments/stats.cc", "#include <boost/asio.hpp>\n"), 1u);
   EXPECT_EQ(count("worker/daemon.cc", "  #  include <sqlite3.h>\n"), 1u);
+  EXPECT_EQ(count("worker/daemon.cc", "#include \"worker/wire.h\"\n"), 0u);
+  EXPECT_EQ(count("worker/daemon.cc", "#include \"worker/engine/engine.h\"\n"), 1u);
   EXPECT_EQ(count("worker/worker_main.cc", "#include <sqlite3.h>\n"), 0u);
   EXPECT_EQ(count("somewhere/else.cc", ""), 1u);
 }
@@ -429,13 +434,11 @@ TEST(TidyChecks, FindSwitchedOffTests) {
 }
 
 TEST(TidyChecks, FindFilesThatNoTargetNames) {
-  const std::vector<SourceFile> cmake_files = {
-      {"tests/a/CMakeLists.txt",
-       "kvsweep_test(b_test.cc)  # c_test.cc\nkvsweep_test(sub/e_test.cc)"}};
-  EXPECT_TRUE(CheckIsBuilt("tests/a/b_test.cc", cmake_files).empty());
-  EXPECT_TRUE(CheckIsBuilt("tests/a/sub/e_test.cc", cmake_files).empty());
-  EXPECT_EQ(CheckIsBuilt("tests/a/c_test.cc", cmake_files).size(), 1u);
-  EXPECT_EQ(CheckIsBuilt("tests/d/b_test.cc", cmake_files).size(), 1u);
+  const absl::flat_hash_set<std::string> built = {"tests/a/b_test.cc"};
+  EXPECT_TRUE(CheckIsBuilt({"tests/a/b_test.cc", ""}, built).empty());
+  EXPECT_TRUE(CheckIsBuilt({"base/only.h", ""}, built).empty());
+  EXPECT_EQ(CheckIsBuilt({"tests/a/c_test.cc", ""}, built).size(), 1u);
+  EXPECT_EQ(CheckIsBuilt({"kernels/cuda/softmax.cu", ""}, built).size(), 1u);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
