@@ -85,7 +85,7 @@ CREATE TABLE trial (
   quality_key       BLOB NOT NULL,     -- content key of its quality trial; empty: none
   spec              BLOB NOT NULL,     -- message TrialSpec
   canonical_spec    TEXT NOT NULL,     -- JSON
-  measured_trial_id INTEGER NOT NULL,  -- whose rows answer it: its own id, or in a served round the other's
+  measured_trial_id INTEGER,           -- in a served round: the trial whose rows answer it
   first_record      INTEGER,           -- accepted: its records, from trial_start to trial_outcome
   last_record       INTEGER
 ) STRICT;

@@ -127,6 +127,7 @@ struct AppendRecords {
   Attempt attempt;
   uint64_t first_sequence = 0;
   std::vector<std::string> records;
+  int64_t received_unix_ns = 0;
 };
 
 // Accepts a finished attempt: recomputes count and digest from the stored rows, compares them with
