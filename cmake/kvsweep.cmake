@@ -40,7 +40,7 @@ endfunction()
 
 # kvsweep_library: sources without any .cc make an interface library (headers only).
 # A header x.h beside a listed x.cc belongs to the library by itself; HEADERS names the others.
-# CPU_ARCH: compile for KVSWEEP_CPU_ARCH and let loops be reordered into vectors where the source asks for it.
+# CPU_ARCH: compile for KVSWEEP_CPU_ARCH instead of the compiler's default.
 function(kvsweep_library name)
   cmake_parse_arguments(PARSE_ARGV 1 arg "CPU_ARCH" "" "SOURCES;HEADERS;DEPS;PRIVATE_DEPS")
   kvsweep_reject_unparsed(${name} "${arg_UNPARSED_ARGUMENTS}")
