@@ -136,13 +136,18 @@ absl::Status RunnerProcess::Spawn(const RunnerCommand& command) {
 
 RunnerProcess::~RunnerProcess() {
   if (!thread_.joinable()) return;
+  Stop();
+  thread_.join();
+}
+
+void RunnerProcess::Stop() {
   ToRunner frame;
   frame.mutable_shutdown();
-  // It may have gone, or be stuck: then it is killed below.
+  const std::lock_guard<std::mutex> lock(send_mutex_);
+  // It may have gone, or not read: then it is killed.
   (void)WriteFrame(socket_.get(), frame, 0);
   shutdown(socket_.get(), SHUT_WR);
   eventfd_write(stopping_.get(), 1);
-  thread_.join();
 }
 
 absl::Status RunnerProcess::Send(const ToRunner& frame) {

@@ -50,8 +50,8 @@ class RunnerProcess {
   static absl::StatusOr<std::unique_ptr<RunnerProcess>> Start(const RunnerCommand& command,
                                                               RunnerEvents events);
 
-  // Asks the runner to shut down, kills it if it has not within two seconds, and waits for its end
-  // (but not for ever: a process that the kernel cannot kill is left behind).
+  // Calls Stop, and waits for the end (but not for ever: a process that the kernel cannot kill is
+  // left behind).
   ~RunnerProcess();
   RunnerProcess(const RunnerProcess&) = delete;
   RunnerProcess& operator=(const RunnerProcess&) = delete;
@@ -61,6 +61,9 @@ class RunnerProcess {
 
   // Kills the runner and its process group, at once. No effect after its end.
   void Kill();
+
+  // Asks the runner to end; it is killed if it has not within two seconds. Returns at once.
+  void Stop();
 
   pid_t pid() const { return pid_; }
 
@@ -94,7 +97,7 @@ class RunnerProcess {
   Descriptor socket_;    // our end of the pair
   Descriptor log_;       // reading end of the output pipe
   Descriptor exited_;    // pidfd: readable once the process has ended
-  Descriptor stopping_;  // eventfd: readable once the destructor runs
+  Descriptor stopping_;  // eventfd: readable once Stop was called
   pid_t pid_ = 0;
   std::mutex send_mutex_;
   std::mutex reap_mutex_;

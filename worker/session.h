@@ -165,9 +165,9 @@ struct SessionOptions {
 // limits is killed: outcome `timeout`, not repeated. Rows past the outbox's limits: outcome
 // `recorder_overflow`. None of the three stops the round.
 //
-// Every event returns the plan that follows from it; the executor carries it out before the next
-// event. Runner events are those of the slot's one runner: its frames come before its exit, and
-// kStartRunner only after that. Not thread-safe.
+// Every event returns the plan that follows from it; the executor carries plans out in order, and
+// may hand in further events meanwhile. Runner events are those of the slot's one runner: its
+// frames come before its exit, and kStartRunner only after that. Not thread-safe.
 class Session {
  public:
   // `spills` has one file for each slot. Everything passed by reference must outlive the session.

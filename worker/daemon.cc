@@ -1,0 +1,772 @@
+#include "worker/daemon.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <filesystem>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "base/check.h"
+#include "base/limits.h"
+#include "base/log.h"
+#include "base/random.h"
+#include "base/status_macros.h"
+#include "proto/worker.grpc.pb.h"
+#include "worker/round_files.h"
+#include "worker/spill_file.h"
+#include "worker/wire.h"
+
+namespace kvsweep {
+namespace {
+
+constexpr int kKeepaliveMs = 20'000;
+constexpr int kKeepaliveTimeoutMs = 10'000;
+constexpr int kReconnectMinMs = 50;
+constexpr int kReconnectMaxMs = 3'000;
+constexpr int kFetchTries = 6;
+constexpr int kFetchDeadlineSeconds = 30;
+constexpr int64_t kSpeakGapNs = 5 * kNsPerMs;  // changes within it go into one message
+
+// Waiting times between tries: uniform up to a bound that doubles ("full jitter"), so that workers
+// that were cut off together do not return together.
+class Backoff {
+ public:
+  int64_t NextNs() {
+    const int64_t bound_ns =
+        std::min<int64_t>(int64_t{kReconnectMinMs} << std::min(failures_++, 10), kReconnectMaxMs) *
+        kNsPerMs;
+    return static_cast<int64_t>(random_.Uniform(static_cast<uint64_t>(bound_ns)));
+  }
+  void Reset() { failures_ = 0; }
+  int failures() const { return failures_; }
+
+ private:
+  Random random_{EntropySeed()};
+  int failures_ = 0;
+};
+
+absl::Status ToStatus(const grpc::Status& status) {
+  return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
+}
+
+bool IsLoopback(absl::string_view host) {
+  return host == "localhost" || host == "[::1]" || absl::StartsWith(host, "127.");
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<grpc::Channel>> DialCoordinator(const std::string& address) {
+  const size_t colon = address.rfind(':');
+  const bool local =
+      absl::StartsWith(address, "unix:") ||
+      (colon != std::string::npos && IsLoopback(absl::string_view(address).substr(0, colon)));
+  if (!local) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "coordinator address \"", address,
+        "\": calls are neither authenticated nor encrypted yet, so only unix:PATH and ",
+        "loopback addresses (127.0.0.1:7470) are dialled; reach another machine through an SSH "
+        "tunnel"));
+  }
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kReconnectMinMs);
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kReconnectMinMs);
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, kReconnectMaxMs);
+  arguments.SetMaxReceiveMessageSize(limits::kMessageBytes);
+  arguments.SetMaxSendMessageSize(limits::kMessageBytes);
+  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+}
+
+class Worker::Daemon {
+ public:
+  Daemon(const WorkerOptions& options, std::shared_ptr<grpc::Channel> channel, Clock& clock);
+  ~Daemon();
+
+  void Shutdown();
+  absl::Status WaitUntilDone();
+
+ private:
+  // A round that the session holds: its spec, and where its files are once it has been prepared.
+  struct Round {
+    RoundSpec spec;
+    std::vector<TrialFiles> files;  // [trials]
+    std::atomic<bool> forgotten = false;
+  };
+
+  struct Slot {
+    std::optional<RunnerHello> hello;       // of its latest runner; guarded by mutex_
+    std::unique_ptr<RunnerProcess> runner;  // of the thread that carries out
+    std::thread preparer;                   // of the same
+  };
+
+  // A call that is cancelled when the daemon ends.
+  class Call {
+   public:
+    explicit Call(Daemon* daemon);
+    ~Call();
+    grpc::ClientContext context;
+
+   private:
+    Daemon* const daemon_;
+  };
+
+  using SynchronizeStream = grpc::ClientReaderWriter<WorkerState, DesiredState>;
+  using ReportStream = grpc::ClientReaderWriter<ReportBatch, ReportReply>;
+
+  // Hands an event to the session: `event` gets session and time, and returns the plan.
+  template <typename Event>
+  void Enter(const Event& event) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Absorb(event(*session_, clock_.NowNs()));
+  }
+  void Absorb(SessionPlan plan);
+  void End(const absl::Status& status);
+
+  // Carrying out.
+  void CarryOutAll();
+  void CarryOut(const SessionAction& action);
+  void StartRunner(SlotIndex slot);
+  void OnFrame(SlotIndex slot, const FromRunner& frame);
+  void SendFrame(const SessionAction& action, const ToRunner& frame);
+  void SendTrial(const SessionAction& action);
+  void PrepareRound(const SessionAction& action);
+  std::shared_ptr<Round> FindRound(Attempt attempt);
+  absl::StatusOr<std::string> FetchFile(const FileReference& file, const Round& round);
+  absl::StatusOr<std::string> FetchFileOnce(const FileReference& file);
+
+  // Talking.
+  enum class StreamKind { kStates, kRows };
+  template <typename Once>
+  void KeepConnected(StreamKind kind, const Once& once);
+  absl::Status SynchronizeOnce(Backoff& backoff);
+  void OnDesired(const DesiredState& desired);
+  WorkerState ComposeState();
+  absl::Status ReportOnce(Backoff& backoff);
+  std::optional<ReportBatch> NextBatch();
+  absl::Status OnReply(const ReportReply& reply);
+  void ScanModels();
+
+  Slot& At(SlotIndex slot) { return slots_[slot.value()]; }
+
+  const WorkerOptions options_;
+  Clock& clock_;
+  const std::unique_ptr<WorkerService::Stub> stub_;
+  const uint64_t incarnation_;
+  const ProtoRecordEncoder encoder_;
+  ModelShelf shelf_;
+  FileCache cache_;
+  std::vector<std::unique_ptr<DiskSpillFile>> spills_;  // [slots]
+  std::vector<Slot> slots_;
+
+  std::mutex mutex_;
+  // One for each thread that waits, all with mutex_.
+  std::condition_variable actions_changed_;
+  std::condition_variable state_changed_;
+  std::condition_variable rows_changed_;
+  std::condition_variable ending_;
+
+  // Guarded by mutex_.
+  std::unique_ptr<Session> session_;
+  std::deque<SessionAction> actions_;
+  std::map<Attempt, std::shared_ptr<Round>> rounds_;
+  std::set<grpc::ClientContext*> calls_;
+  int64_t wake_at_ns_ = kNeverNs;
+  bool speak_ = false;
+  int64_t interval_ns_;      // until the next state, as the coordinator asked
+  int64_t answered_ns_ = 0;  // last time the coordinator answered a state
+  uint64_t unanswered_batches_ = 0;
+  int64_t batches_moved_ns_ = 0;  // last time one was sent or answered
+  bool exiting_ = false;
+  bool done_ = false;
+  absl::Status end_status_;
+
+  std::vector<std::thread> threads_;
+};
+
+Worker::Daemon::Call::Call(Daemon* daemon) : daemon_(daemon) {
+  const std::lock_guard<std::mutex> lock(daemon_->mutex_);
+  daemon_->calls_.insert(&context);
+  if (daemon_->exiting_) context.TryCancel();
+}
+
+Worker::Daemon::Call::~Call() {
+  const std::lock_guard<std::mutex> lock(daemon_->mutex_);
+  daemon_->calls_.erase(&context);
+}
+
+Worker::Daemon::Daemon(const WorkerOptions& options, std::shared_ptr<grpc::Channel> channel,
+                       Clock& clock)
+    : options_(options),
+      clock_(clock),
+      stub_(WorkerService::NewStub(std::move(channel))),
+      incarnation_(EntropySeed()),
+      shelf_(options.model_folders, options.cache_folder),
+      cache_(options.cache_folder),
+      slots_(options.runners.size()),
+      interval_ns_(options.heartbeat_ns) {
+  SessionOptions session_options = options.session;
+  session_options.slots = slots_.size();
+  std::vector<SpillFile*> spills;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    spills_.push_back(std::make_unique<DiskSpillFile>(options.cache_folder));
+    spills.push_back(spills_.back().get());
+  }
+  session_ = std::make_unique<Session>(session_options, encoder_, spills);
+  Enter([](Session& session, int64_t now_ns) { return session.Start(now_ns); });
+  threads_.emplace_back([this] { CarryOutAll(); });
+  threads_.emplace_back([this] { ScanModels(); });
+  threads_.emplace_back([this] {
+    KeepConnected(StreamKind::kStates,
+                  [this](Backoff& backoff) { return SynchronizeOnce(backoff); });
+  });
+  threads_.emplace_back([this] {
+    KeepConnected(StreamKind::kRows, [this](Backoff& backoff) { return ReportOnce(backoff); });
+  });
+}
+
+Worker::Daemon::~Daemon() {
+  End(absl::OkStatus());
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void Worker::Daemon::Shutdown() {
+  Enter([](Session& session, int64_t now_ns) { return session.OnShutdown(now_ns); });
+}
+
+absl::Status Worker::Daemon::WaitUntilDone() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  ending_.wait(lock, [this] { return done_; });
+  return end_status_;
+}
+
+// mutex_ is held.
+void Worker::Daemon::Absorb(SessionPlan plan) {
+  actions_.insert(actions_.end(), plan.actions.begin(), plan.actions.end());
+  speak_ = speak_ || plan.speak;
+  wake_at_ns_ = plan.wake_at_ns;
+  actions_changed_.notify_one();
+  rows_changed_.notify_one();
+  if (plan.speak) state_changed_.notify_one();
+  if (plan.exit && !exiting_) {
+    exiting_ = true;
+    ending_.notify_all();
+    state_changed_.notify_all();
+    for (grpc::ClientContext* context : calls_) context->TryCancel();
+  }
+}
+
+// Ends the daemon; the first status counts.
+void Worker::Daemon::End(const absl::Status& status) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!exiting_) end_status_ = status;
+  exiting_ = true;
+  for (grpc::ClientContext* context : calls_) context->TryCancel();
+  actions_changed_.notify_all();
+  state_changed_.notify_all();
+  rows_changed_.notify_all();
+  ending_.notify_all();
+}
+
+// ------------------------------------------------------------------------------------ carrying out
+
+void Worker::Daemon::CarryOutAll() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!exiting_) {
+    if (!actions_.empty()) {
+      const SessionAction action = actions_.front();
+      actions_.pop_front();
+      lock.unlock();
+      CarryOut(action);
+      lock.lock();
+    } else if (const int64_t now_ns = clock_.NowNs(); now_ns >= wake_at_ns_) {
+      Absorb(session_->OnTick(now_ns));
+    } else {
+      clock_.WaitUntilNs(actions_changed_, lock, wake_at_ns_);
+    }
+  }
+  for (auto& [attempt, round] : rounds_) round->forgotten = true;
+  lock.unlock();
+  for (Slot& slot : slots_) {
+    if (slot.runner != nullptr) slot.runner->Stop();
+  }
+  for (Slot& slot : slots_) {
+    if (slot.preparer.joinable()) slot.preparer.join();
+    slot.runner.reset();
+  }
+  lock.lock();
+  done_ = true;
+  ending_.notify_all();
+}
+
+void Worker::Daemon::CarryOut(const SessionAction& action) {
+  switch (action.kind) {
+    case SessionAction::Kind::kStartRunner:
+      StartRunner(action.slot);
+      break;
+    case SessionAction::Kind::kStopRunner:
+      LogWarning("slot ", action.slot.value(), ": its runner is killed: ", action.reason);
+      if (At(action.slot).runner != nullptr) At(action.slot).runner->Kill();
+      break;
+    case SessionAction::Kind::kPrepareRound:
+      PrepareRound(action);
+      break;
+    case SessionAction::Kind::kSendTrial:
+      SendTrial(action);
+      break;
+    case SessionAction::Kind::kCancelTrial: {
+      ToRunner frame;
+      frame.mutable_cancel()->set_trial_id(action.trial.value());
+      SendFrame(action, frame);
+      break;
+    }
+    case SessionAction::Kind::kForgetRound: {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = rounds_.find(action.attempt);
+      if (found == rounds_.end()) break;
+      found->second->forgotten = true;
+      rounds_.erase(found);
+      break;
+    }
+  }
+}
+
+void Worker::Daemon::StartRunner(SlotIndex slot) {
+  const RunnerEvents events = {
+      .on_frame = [this, slot](const FromRunner& frame) { OnFrame(slot, frame); },
+      .on_malformed =
+          [this, slot](const absl::Status& status) {
+            Enter([&](Session& session, int64_t now_ns) {
+              return session.OnRunnerMisbehaved(now_ns, slot, std::string(status.message()));
+            });
+          },
+      .on_log =
+          [slot](absl::string_view line) { LogInfo("slot ", slot.value(), " runner: ", line); },
+      .on_exit =
+          [this, slot](const RunnerExit& exit) {
+            LogInfo("slot ", slot.value(), ": its runner has ended, signal ", exit.signal,
+                    ", exit code ", exit.exit_code);
+            Enter([&](Session& session, int64_t now_ns) {
+              return session.OnRunnerExited(now_ns, slot, exit);
+            });
+          }};
+  At(slot).runner.reset();
+  absl::StatusOr<std::unique_ptr<RunnerProcess>> runner =
+      RunnerProcess::Start(options_.runners[slot.value()], events);
+  if (runner.ok()) {
+    At(slot).runner = *std::move(runner);
+    return;
+  }
+  LogError("slot ", slot.value(), ": ", runner.status().message());
+  Enter([&](Session& session, int64_t now_ns) {
+    return session.OnRunnerExited(now_ns, slot, {.reason = std::string(runner.status().message())});
+  });
+}
+
+// On the runner's thread.
+void Worker::Daemon::OnFrame(SlotIndex slot, const FromRunner& frame) {
+  std::string misbehaviour;
+  switch (frame.body_case()) {
+    case FromRunner::kHello: {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      At(slot).hello = frame.hello();
+      Absorb(session_->OnRunnerReady(clock_.NowNs(), slot));
+      return;
+    }
+    case FromRunner::kProgress: {
+      const Progress& progress = frame.progress();
+      Enter([&](Session& session, int64_t now_ns) {
+        return session.OnRunnerProgress(now_ns, slot, TrialId(progress.trial_id()),
+                                        progress.phase().substr(0, limits::kNameLength),
+                                        progress.done(), progress.total());
+      });
+      return;
+    }
+    case FromRunner::kRecords: {
+      absl::StatusOr<std::vector<RunnerRecord>> records = RecordsFromRunner(frame.records());
+      if (records.ok()) {
+        Enter([&](Session& session, int64_t now_ns) {
+          return session.OnRunnerRecords(now_ns, slot, *std::move(records));
+        });
+        return;
+      }
+      misbehaviour = std::string(records.status().message());
+      break;
+    }
+    case FromRunner::kDone:
+      Enter([&](Session& session, int64_t now_ns) {
+        return session.OnTrialDone(now_ns, slot, TrialId(frame.done().trial_id()));
+      });
+      return;
+    case FromRunner::BODY_NOT_SET:
+      misbehaviour = "the runner sent a frame without content";
+      break;
+  }
+  Enter([&](Session& session, int64_t now_ns) {
+    return session.OnRunnerMisbehaved(now_ns, slot, misbehaviour);
+  });
+}
+
+void Worker::Daemon::SendFrame(const SessionAction& action, const ToRunner& frame) {
+  RunnerProcess* runner = At(action.slot).runner.get();
+  if (runner == nullptr) return;
+  const absl::Status status = runner->Send(frame);
+  if (status.ok()) return;
+  // It has gone, or does not read; either way its end is what the session hears.
+  LogWarning("slot ", action.slot.value(), ": its runner cannot be told: ", status.message());
+  runner->Kill();
+}
+
+void Worker::Daemon::SendTrial(const SessionAction& action) {
+  const std::shared_ptr<Round> round = FindRound(action.attempt);
+  if (round == nullptr) return;
+  KVSWEEP_CHECK_LT(action.trial_index, round->files.size());
+  const PlannedTrial& trial = round->spec.trials(static_cast<int>(action.trial_index));
+  const TrialFiles& files = round->files[action.trial_index];
+  ToRunner frame;
+  RunTrial& run = *frame.mutable_run();
+  run.set_trial_id(trial.trial_id());
+  run.set_execution(action.execution);
+  *run.mutable_spec() = trial.spec();
+  run.set_model_path(files.model_path);
+  run.mutable_file_paths()->insert(files.file_paths.begin(), files.file_paths.end());
+  LogInfo("slot ", action.slot.value(), ": attempt ", action.attempt.value(), ", trial ",
+          trial.trial_id(), " (", trial.spec().arm().name(), "), execution ", action.execution);
+  SendFrame(action, frame);
+}
+
+std::shared_ptr<Worker::Daemon::Round> Worker::Daemon::FindRound(Attempt attempt) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = rounds_.find(attempt);
+  return found == rounds_.end() ? nullptr : found->second;
+}
+
+// Beside the thread that carries out: fetching takes its time.
+void Worker::Daemon::PrepareRound(const SessionAction& action) {
+  Slot& slot = At(action.slot);
+  // The round before has been forgotten, so that this ends soon.
+  if (slot.preparer.joinable()) slot.preparer.join();
+  const std::shared_ptr<Round> round = FindRound(action.attempt);
+  if (round == nullptr) return;
+  slot.preparer = std::thread([this, action, round] {
+    absl::StatusOr<std::vector<TrialFiles>> files = PrepareRoundFiles(
+        round->spec, shelf_, cache_,
+        [this, &round](const FileReference& file) { return FetchFile(file, *round); });
+    Enter([&](Session& session, int64_t now_ns) {
+      if (files.ok()) round->files = *std::move(files);
+      return session.OnRoundPrepared(now_ns, action.slot, action.attempt, files.status());
+    });
+  });
+}
+
+absl::StatusOr<std::string> Worker::Daemon::FetchFile(const FileReference& file,
+                                                      const Round& round) {
+  Backoff backoff;
+  while (true) {
+    absl::StatusOr<std::string> content = FetchFileOnce(file);
+    const bool passing =
+        absl::IsUnavailable(content.status()) || absl::IsDeadlineExceeded(content.status());
+    if (content.ok() || !passing || backoff.failures() >= kFetchTries) return content;
+    std::unique_lock<std::mutex> lock(mutex_);
+    const int64_t again_ns = clock_.NowNs() + backoff.NextNs();
+    while (!exiting_ && !round.forgotten && clock_.NowNs() < again_ns)
+      clock_.WaitUntilNs(ending_, lock, again_ns);
+    if (exiting_ || round.forgotten) return absl::CancelledError("the round is no longer wanted");
+  }
+}
+
+absl::StatusOr<std::string> Worker::Daemon::FetchFileOnce(const FileReference& file) {
+  Call call(this);
+  call.context.set_deadline(gpr_time_from_seconds(kFetchDeadlineSeconds, GPR_TIMESPAN));
+  FetchFileRequest request;
+  request.set_digest(file.digest());
+  const std::unique_ptr<grpc::ClientReader<FileChunk>> reader =
+      stub_->FetchFile(&call.context, request);
+  std::string content;
+  FileChunk chunk;
+  while (reader->Read(&chunk)) {
+    if (chunk.offset() != content.size() || content.size() + chunk.data().size() > file.bytes()) {
+      call.context.TryCancel();
+      reader->Finish();
+      return absl::DataLossError(absl::StrCat("a chunk at byte ", chunk.offset(), " of ",
+                                              file.bytes(), " does not continue what came before"));
+    }
+    content += chunk.data();
+  }
+  RETURN_IF_ERROR(ToStatus(reader->Finish()));
+  return content;
+}
+
+// ----------------------------------------------------------------------------------------- talking
+
+// Runs `once`, which returns when its stream has ended, again and again.
+template <typename Once>
+void Worker::Daemon::KeepConnected(StreamKind kind, const Once& once) {
+  Backoff backoff;
+  while (true) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (exiting_) return;
+    }
+    const absl::Status status = once(backoff);
+    if (kind == StreamKind::kStates && absl::IsFailedPrecondition(status)) {
+      // Another worker has this name, or the coordinator speaks another protocol: trying again
+      // cannot help.
+      LogError("the coordinator refuses this worker: ", status.message());
+      End(status);
+      return;
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (exiting_) return;
+    if (backoff.failures() == 0) {
+      LogWarning("the stream of ", kind == StreamKind::kStates ? "states" : "rows",
+                 " has ended: ", status.ToString());
+    }
+    const int64_t again_ns = clock_.NowNs() + backoff.NextNs();
+    while (!exiting_ && clock_.NowNs() < again_ns) clock_.WaitUntilNs(ending_, lock, again_ns);
+  }
+}
+
+absl::Status Worker::Daemon::SynchronizeOnce(Backoff& backoff) {
+  Call call(this);
+  const std::unique_ptr<SynchronizeStream> stream = stub_->Synchronize(&call.context);
+  bool ended = false;  // guarded by mutex_
+  std::thread reader([&] {
+    DesiredState desired;
+    while (stream->Read(&desired)) {
+      if (backoff.failures() > 0) LogInfo("connected to the coordinator");
+      backoff.Reset();
+      OnDesired(desired);
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ended = true;
+    state_changed_.notify_all();
+  });
+  bool first = true;
+  int64_t spoken_ns = 0;
+  while (true) {
+    WorkerState state;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (first) answered_ns_ = clock_.NowNs();
+      const auto due_ns = [&] {
+        return first ? 0 : spoken_ns + (speak_ ? kSpeakGapNs : interval_ns_);
+      };
+      while (!exiting_ && !ended && clock_.NowNs() < due_ns()) {
+        clock_.WaitUntilNs(state_changed_, lock, due_ns());
+      }
+      if (ended) break;
+      spoken_ns = clock_.NowNs();
+      if (exiting_ || spoken_ns - answered_ns_ > options_.silence_limit_ns) {
+        call.context.TryCancel();
+        break;
+      }
+      first = false;
+      Absorb(session_->OnTick(spoken_ns));
+      speak_ = false;
+      state = ComposeState();
+    }
+    if (!stream->Write(state)) break;
+  }
+  reader.join();
+  return ToStatus(stream->Finish());
+}
+
+void Worker::Daemon::OnDesired(const DesiredState& desired) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  answered_ns_ = clock_.NowNs();
+  interval_ns_ = options_.heartbeat_ns;
+  if (desired.next_after_ns() > 0) {
+    interval_ns_ = std::clamp<int64_t>(desired.next_after_ns(), kSpeakGapNs, options_.heartbeat_ns);
+  }
+  std::vector<SessionWish> wishes;
+  for (const SlotDesire& desire : desired.slots()) {
+    if (desire.index() >= slots_.size()) continue;
+    SessionWish wish{.slot = SlotIndex(desire.index()), .attempt = Attempt(desire.attempt())};
+    if (desire.has_abandon()) wish.kind = SessionWish::Kind::kAbandon;
+    if (desire.has_settled()) wish.kind = SessionWish::Kind::kSettled;
+    // Wishes are repeated until the worker complies; a round is parsed once.
+    if (desire.has_run() && session_->AttemptOf(wish.slot) != wish.attempt) {
+      absl::StatusOr<RoundSpec> spec = ParseRound(desire.run());
+      if (spec.ok()) {
+        wish.round = RoundFromWire(*spec);
+        const auto round = std::make_shared<Round>();
+        round->spec = *std::move(spec);
+        rounds_[wish.attempt] = round;
+      } else {
+        wish.round = spec.status();
+      }
+    }
+    wishes.push_back(std::move(wish));
+  }
+  Absorb(session_->OnWishes(clock_.NowNs(), desired.generation(), wishes));
+  for (const SessionWish& wish : wishes) {
+    if (wish.kind == SessionWish::Kind::kRun && session_->AttemptOf(wish.slot) != wish.attempt) {
+      rounds_.erase(wish.attempt);
+    }
+  }
+}
+
+// mutex_ is held.
+WorkerState Worker::Daemon::ComposeState() {
+  WorkerState state;
+  state.set_worker_id(options_.worker_id);
+  state.set_incarnation(incarnation_);
+  state.set_machine(options_.machine);
+  state.mutable_labels()->insert(options_.labels.begin(), options_.labels.end());
+  state.set_protocol_version(kWorkerProtocolVersion);
+  const SessionReport report = session_->TakeReport();
+  ReportToWire(report, &state);
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!report.slots[i].available || !slots_[i].hello.has_value()) continue;
+    const RunnerHello& hello = *slots_[i].hello;
+    state.set_build(hello.runner_build());
+    state.set_method_version(hello.method_version());
+    Device& device = *state.mutable_slots(static_cast<int>(i))->add_devices();
+    device.set_backend(hello.backend());
+    device.set_name(hello.device());
+    device.set_device_class(hello.device_class());
+    device.set_memory_bytes(hello.device_memory_bytes());
+  }
+  for (const ShelvedModel& model : shelf_.models()) {
+    HeldModel& held = *state.add_models();
+    held.set_name(model.name);
+    held.set_digest(std::string(model.digest.bytes()));
+  }
+  return state;
+}
+
+absl::Status Worker::Daemon::ReportOnce(Backoff& backoff) {
+  Call call(this);
+  const std::unique_ptr<ReportStream> stream = stub_->Report(&call.context);
+  bool ended = false;  // guarded by mutex_
+  std::thread reader([&] {
+    ReportReply reply;
+    while (stream->Read(&reply)) {
+      backoff.Reset();
+      if (const absl::Status status = OnReply(reply); !status.ok()) {
+        LogError("attempt ", reply.attempt(), ": ", status.message());
+        call.context.TryCancel();
+      }
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ended = true;
+    rows_changed_.notify_all();
+  });
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    session_->OnReportConnected();
+    unanswered_batches_ = 0;
+  }
+  while (true) {
+    std::optional<ReportBatch> batch;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      const auto silent_at_ns = [&] {
+        return unanswered_batches_ > 0 ? batches_moved_ns_ + options_.silence_limit_ns : kNeverNs;
+      };
+      while (!exiting_ && !ended && clock_.NowNs() < silent_at_ns()) {
+        batch = NextBatch();
+        if (batch.has_value()) break;
+        clock_.WaitUntilNs(rows_changed_, lock, silent_at_ns());
+      }
+      if (ended) break;
+      if (!batch.has_value()) {
+        call.context.TryCancel();
+        break;
+      }
+      ++unanswered_batches_;
+      batches_moved_ns_ = clock_.NowNs();
+    }
+    if (!stream->Write(*batch)) break;
+  }
+  reader.join();
+  return ToStatus(stream->Finish());
+}
+
+// mutex_ is held.
+std::optional<ReportBatch> Worker::Daemon::NextBatch() {
+  std::optional<Session::Batch> batch = session_->NextBatch();
+  if (!batch.has_value()) return std::nullopt;
+  ReportBatch message;
+  message.set_worker_id(options_.worker_id);
+  message.set_incarnation(incarnation_);
+  message.set_attempt(batch->attempt.value());
+  message.set_first_sequence(batch->rows.first_sequence);
+  for (std::string& record : batch->rows.records) message.add_records(std::move(record));
+  return message;
+}
+
+absl::Status Worker::Daemon::OnReply(const ReportReply& reply) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (unanswered_batches_ > 0) --unanswered_batches_;
+  batches_moved_ns_ = clock_.NowNs();
+  if (reply.refused()) {
+    LogWarning("attempt ", reply.attempt(), ": its rows are refused: ", reply.reason());
+    session_->OnRefused(Attempt(reply.attempt()));
+    return absl::OkStatus();
+  }
+  ASSIGN_OR_RETURN(SessionPlan plan,
+                   session_->OnAcknowledged(batches_moved_ns_, Attempt(reply.attempt()),
+                                            reply.acknowledged_through()));
+  Absorb(std::move(plan));
+  return absl::OkStatus();
+}
+
+void Worker::Daemon::ScanModels() {
+  while (true) {
+    const bool changed = shelf_.Scan();
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (changed) {
+      speak_ = true;
+      state_changed_.notify_all();
+    }
+    const int64_t again_ns = clock_.NowNs() + options_.rescan_ns;
+    while (!exiting_ && clock_.NowNs() < again_ns) clock_.WaitUntilNs(ending_, lock, again_ns);
+    if (exiting_) return;
+  }
+}
+
+// ------------------------------------------------------------------------------------------ worker
+
+absl::StatusOr<std::unique_ptr<Worker>> Worker::Start(const WorkerOptions& options,
+                                                      std::shared_ptr<grpc::Channel> channel,
+                                                      Clock& clock) {
+  if (options.worker_id.empty() ||
+      options.worker_id.size() > static_cast<size_t>(limits::kNameLength)) {
+    return absl::InvalidArgumentError(absl::StrCat("worker id \"", options.worker_id,
+                                                   "\" must have 1 to ", limits::kNameLength,
+                                                   " characters"));
+  }
+  if (options.runners.empty() ||
+      options.runners.size() > static_cast<size_t>(limits::kSlotsPerWorker)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        options.runners.size(), " slots; a worker has 1 to ", limits::kSlotsPerWorker));
+  }
+  std::error_code error;
+  std::filesystem::create_directories(options.cache_folder, error);
+  if (error) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cache folder \"", options.cache_folder, "\": ", error.message()));
+  }
+  return std::unique_ptr<Worker>(
+      new Worker(std::make_unique<Daemon>(options, std::move(channel), clock)));
+}
+
+Worker::Worker(std::unique_ptr<Daemon> daemon) : daemon_(std::move(daemon)) {}
+Worker::~Worker() = default;
+void Worker::Shutdown() { daemon_->Shutdown(); }
+absl::Status Worker::WaitUntilDone() { return daemon_->WaitUntilDone(); }
+
+}  // namespace kvsweep
