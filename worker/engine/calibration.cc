@@ -90,15 +90,16 @@ class CaptureStrategy : public CacheStrategy {
   PagedManager manager_;  // empty: nothing is ever admitted
 };
 
-absl::StatusOr<std::shared_ptr<const Skewing>> RunCalibration(Backend* backend, const Model* model,
+absl::StatusOr<std::shared_ptr<const Skewing>> RunCalibration(Backend* backend,
+                                                              const LoadedModel* model,
                                                               std::span<const int32_t> ids) {
   const auto tokens = static_cast<int32_t>(ids.size());
   const EngineOptions options{
       .max_sequences = 1, .max_batched_tokens = tokens, .max_context = tokens, .graphs = false};
   CaptureStrategy* capture = nullptr;
   ASSIGN_OR_RETURN(
-      std::unique_ptr<Engine> engine,
-      Engine::CreateWith(
+      std::unique_ptr<InferenceEngine> engine,
+      InferenceEngine::CreateWith(
           backend, model, options,
           [&](const StrategyContext& context) -> absl::StatusOr<std::unique_ptr<CacheStrategy>> {
             const auto elements = static_cast<uint64_t>(CaptureStrategy::LayerElements(context) *
@@ -124,7 +125,7 @@ absl::StatusOr<std::shared_ptr<const Skewing>> RunCalibration(Backend* backend, 
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const Skewing>> CalibrateSkewing(Backend* backend,
-                                                                const Model* model,
+                                                                const LoadedModel* model,
                                                                 std::span<const int32_t> ids) {
   const ModelConfig& config = model->config();
   const auto tokens =

@@ -12,14 +12,14 @@
 
 namespace kvsweep {
 
-class Model;
+class LoadedModel;
 
 // Runs the model once over `ids` with full attention, takes queries and keys of every layer after
 // rotary embedding, and computes the skewing. Kept with the model: the same ids again cost nothing.
 // InvalidArgument when there are fewer ids than columns of a head or more than the model has
 // positions.
 absl::StatusOr<std::shared_ptr<const Skewing>> CalibrateSkewing(Backend* backend,
-                                                                const Model* model,
+                                                                const LoadedModel* model,
                                                                 std::span<const int32_t> ids);
 
 }  // namespace kvsweep

@@ -13,14 +13,14 @@ namespace kvsweep {
 // --------------------------------------------------------------------------------------------------
 // model
 
-Model::Model(Backend* backend, const ModelConfig& config)
+LoadedModel::LoadedModel(Backend* backend, const ModelConfig& config)
     : backend_(backend), config_(config), skewing_cache_(std::make_unique<SkewingCache>()) {}
 
-Model::~Model() {
+LoadedModel::~LoadedModel() {
   if (memory_ != nullptr) backend_->Free(memory_);
 }
 
-FloatAllocator Model::Allocator() {
+FloatAllocator LoadedModel::Allocator() {
   return [this](size_t count) -> float* {
     absl::StatusOr<std::byte*> memory = backend_->Allocate(Tier::kDevice, count * sizeof(float));
     if (!memory.ok()) return nullptr;
@@ -29,21 +29,23 @@ FloatAllocator Model::Allocator() {
   };
 }
 
-absl::StatusOr<std::unique_ptr<Model>> Model::Load(Backend* backend, const std::string& folder) {
+absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Load(Backend* backend,
+                                                               const std::string& folder) {
   ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(folder));
-  std::unique_ptr<Model> model(new Model(backend, config));
+  std::unique_ptr<LoadedModel> model(new LoadedModel(backend, config));
   ASSIGN_OR_RETURN(model->weights_, LoadWeights(folder, config, model->Allocator()));
   return model;
 }
 
-absl::StatusOr<std::unique_ptr<Model>> Model::Random(Backend* backend, const ModelConfig& config,
-                                                     uint64_t seed) {
-  std::unique_ptr<Model> model(new Model(backend, config));
+absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Random(Backend* backend,
+                                                                 const ModelConfig& config,
+                                                                 uint64_t seed) {
+  std::unique_ptr<LoadedModel> model(new LoadedModel(backend, config));
   ASSIGN_OR_RETURN(model->weights_, RandomWeights(config, seed, model->Allocator()));
   return model;
 }
 
-ModelShape Model::shape() const {
+ModelShape LoadedModel::shape() const {
   return {.layers = config_.layers,
           .hidden_size = config_.hidden_size,
           .query_heads = config_.query_heads,
@@ -74,9 +76,9 @@ std::vector<QueryWeights> QueryWeightsOf(const ModelWeights& weights) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(Backend* backend, const Model* model,
-                                                       const Arm& arm, const EngineOptions& options,
-                                                       std::span<const int32_t> calibration) {
+absl::StatusOr<std::unique_ptr<InferenceEngine>> InferenceEngine::Create(
+    Backend* backend, const LoadedModel* model, const Arm& arm, const EngineOptions& options,
+    std::span<const int32_t> calibration) {
   return CreateWith(backend, model, options, [&](const StrategyContext& given) {
     StrategyContext context = given;
     context.calibrate = [backend, model, calibration](int32_t tokens) {
@@ -87,21 +89,22 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(Backend* backend, const M
   });
 }
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateWith(Backend* backend, const Model* model,
-                                                           const EngineOptions& options,
-                                                           const StrategyFactory& factory) {
+absl::StatusOr<std::unique_ptr<InferenceEngine>> InferenceEngine::CreateWith(
+    Backend* backend, const LoadedModel* model, const EngineOptions& options,
+    const StrategyFactory& factory) {
   if (options.max_context > model->config().max_positions) {
     return absl::InvalidArgumentError(
         absl::StrCat("requests of up to ", options.max_context, " tokens exceed the model's ",
                      model->config().max_positions,
                      " positions; lower load.lengths.max_total or quality.context"));
   }
-  std::unique_ptr<Engine> engine(new Engine(backend, model, options));
+  std::unique_ptr<InferenceEngine> engine(new InferenceEngine(backend, model, options));
   RETURN_IF_ERROR(engine->Build(factory));
   return engine;
 }
 
-Engine::Engine(Backend* backend, const Model* model, const EngineOptions& options)
+InferenceEngine::InferenceEngine(Backend* backend, const LoadedModel* model,
+                                 const EngineOptions& options)
     : backend_(backend),
       model_(model),
       options_(options),
@@ -111,12 +114,12 @@ Engine::Engine(Backend* backend, const Model* model, const EngineOptions& option
                           ? max_rows_
                           : max_decode_rows_ + options.max_sequences) {}
 
-Engine::~Engine() {
+InferenceEngine::~InferenceEngine() {
   for (const auto& [key, graph] : graphs_) backend_->DestroyGraph(graph);
   for (std::byte* memory : memory_) backend_->Free(memory);
 }
 
-absl::Status Engine::Build(const StrategyFactory& factory) {
+absl::Status InferenceEngine::Build(const StrategyFactory& factory) {
   step_state_ = std::make_unique<StepState>(backend_);
   arrays_.token_id = step_state_->Add(max_rows_);
   arrays_.position = step_state_->Add(max_rows_);
@@ -141,7 +144,7 @@ absl::Status Engine::Build(const StrategyFactory& factory) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<Activations> Engine::AllocateRows(int64_t rows, int64_t columns) {
+absl::StatusOr<Activations> InferenceEngine::AllocateRows(int64_t rows, int64_t columns) {
   const int64_t bytes = rows * columns * DTypeBytes(backend_->info().activation_dtype);
   ASSIGN_OR_RETURN(
       std::byte * memory,
@@ -150,7 +153,7 @@ absl::StatusOr<Activations> Engine::AllocateRows(int64_t rows, int64_t columns) 
   return Activations{memory, columns};
 }
 
-absl::Status Engine::AllocateBuffers() {
+absl::Status InferenceEngine::AllocateBuffers() {
   const ModelConfig& config = model_->config();
   const int64_t ffn_in = int64_t{config.ffn_size} * (config.gated_ffn ? 2 : 1);
   ASSIGN_OR_RETURN(buffers_.hidden, AllocateRows(max_rows_, config.hidden_size));
@@ -186,7 +189,7 @@ absl::Status Engine::AllocateBuffers() {
   return absl::OkStatus();
 }
 
-int32_t Engine::PaddedRows(int32_t rows) {
+int32_t InferenceEngine::PaddedRows(int32_t rows) {
   for (int32_t size : {1, 2, 4}) {
     if (rows <= size) return size;
   }
@@ -196,8 +199,8 @@ int32_t Engine::PaddedRows(int32_t rows) {
 // ----------------------------------------------------------------------------------------------
 // sequences
 
-void Engine::AddSequence(RequestId request, std::span<const int32_t> tokens,
-                         int32_t prompt_tokens) {
+void InferenceEngine::AddSequence(RequestId request, std::span<const int32_t> tokens,
+                                  int32_t prompt_tokens) {
   KVSWEEP_CHECK_LE(prompt_tokens, static_cast<int32_t>(tokens.size()));
   const bool added =
       sequences_
@@ -207,16 +210,16 @@ void Engine::AddSequence(RequestId request, std::span<const int32_t> tokens,
   KVSWEEP_CHECK(added) << "request " << request;
 }
 
-std::span<const int32_t> Engine::Tokens(RequestId request) const {
+std::span<const int32_t> InferenceEngine::Tokens(RequestId request) const {
   return sequences_.at(request).tokens;
 }
 
-void Engine::RemoveSequence(RequestId request) { sequences_.erase(request); }
+void InferenceEngine::RemoveSequence(RequestId request) { sequences_.erase(request); }
 
 // ---------------------------------------------------------------------------------------------------
 // step
 
-StepView Engine::MakeView(const StepPlan& plan) const {
+StepView InferenceEngine::MakeView(const StepPlan& plan) const {
   StepView view;
   view.decode = plan.decode;
   view.prefill = plan.prefill;
@@ -231,12 +234,12 @@ StepView Engine::MakeView(const StepPlan& plan) const {
   return view;
 }
 
-int32_t Engine::LogitRows(const StepView& view) const {
+int32_t InferenceEngine::LogitRows(const StepView& view) const {
   if (options_.logits == LogitsMode::kAll) return view.rows;
   return view.decode_rows + static_cast<int32_t>(view.prefill.size());
 }
 
-void Engine::FillStepState(const StepView& view) {
+void InferenceEngine::FillStepState(const StepView& view) {
   std::span<int32_t> token_id = step_state_->Host(arrays_.token_id);
   std::span<int32_t> position = step_state_->Host(arrays_.position);
   std::span<int32_t> row_active = step_state_->Host(arrays_.row_active);
@@ -259,7 +262,7 @@ void Engine::FillStepState(const StepView& view) {
   FillLogitRows(view);
 }
 
-void Engine::FillLogitRows(const StepView& view) {
+void InferenceEngine::FillLogitRows(const StepView& view) {
   std::span<int32_t> logit_row = step_state_->Host(arrays_.logit_row);
   std::span<int32_t> target = step_state_->Host(arrays_.sample_target);
   const auto rows = static_cast<size_t>(LogitRows(view));
@@ -285,7 +288,7 @@ void Engine::FillLogitRows(const StepView& view) {
   }
 }
 
-absl::StatusOr<StepResult> Engine::Execute(const StepPlan& plan) {
+absl::StatusOr<StepResult> InferenceEngine::Execute(const StepPlan& plan) {
   KVSWEEP_CHECK(!plan.empty());
   view_ = MakeView(plan);
   RETURN_IF_ERROR(step_state_->Begin());
@@ -311,7 +314,7 @@ absl::StatusOr<StepResult> Engine::Execute(const StepPlan& plan) {
   return result;
 }
 
-absl::Status Engine::LaunchCaptured(const StepView& view) {
+absl::Status InferenceEngine::LaunchCaptured(const StepView& view) {
   const std::pair<int32_t, int32_t> key{view.decode_rows, strategy_->GraphKey(view)};
   auto found = graphs_.find(key);
   if (found == graphs_.end()) {
@@ -324,7 +327,7 @@ absl::Status Engine::LaunchCaptured(const StepView& view) {
   return absl::OkStatus();
 }
 
-void Engine::ReadSampled(const StepPlan& plan) {
+void InferenceEngine::ReadSampled(const StepPlan& plan) {
   sampled_.clear();
   auto read = [&](const Segment& segment, bool produces) {
     const int32_t token = buffers_.sampled_host[segment.slot];
@@ -366,7 +369,7 @@ GemmArgs ProductOf(const LinearWeights& weights, const Activations& out, const A
 
 }  // namespace
 
-void Engine::EnqueueForward(const StepView& view) {
+void InferenceEngine::EnqueueForward(const StepView& view) {
   const ModelConfig& config = model_->config();
   const ModelWeights& weights = model_->weights();
   backend_->Embed({.out = buffers_.hidden,
@@ -384,7 +387,7 @@ void Engine::EnqueueForward(const StepView& view) {
   EnqueueLogits(view);
 }
 
-void Engine::EnqueueLayer(const StepView& view, int32_t layer) {
+void InferenceEngine::EnqueueLayer(const StepView& view, int32_t layer) {
   const ModelConfig& config = model_->config();
   const LayerWeights& weights = model_->weights().layers[static_cast<size_t>(layer)];
   const Activations& normed = buffers_.normed[layer % 2];
@@ -429,7 +432,7 @@ void Engine::EnqueueLayer(const StepView& view, int32_t layer) {
   backend_->Gemm(ffn_out, Stream::kCompute);
 }
 
-void Engine::EnqueueLogits(const StepView& view) {
+void InferenceEngine::EnqueueLogits(const StepView& view) {
   const ModelConfig& config = model_->config();
   const ModelWeights& weights = model_->weights();
   const int32_t rows = LogitRows(view);

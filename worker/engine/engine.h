@@ -29,17 +29,19 @@
 namespace kvsweep {
 
 // A model whose weights lie on a backend's device; shared by all trials that use it.
-class Model {
+class LoadedModel {
  public:
   // Reads a folder (config.json, safetensors). Errors as of LoadModelConfig and LoadWeights;
   // ResourceExhausted when they do not fit.
-  static absl::StatusOr<std::unique_ptr<Model>> Load(Backend* backend, const std::string& folder);
+  static absl::StatusOr<std::unique_ptr<LoadedModel>> Load(Backend* backend,
+                                                           const std::string& folder);
   // Random weights for a shape of the catalogue.
-  static absl::StatusOr<std::unique_ptr<Model>> Random(Backend* backend, const ModelConfig& config,
-                                                       uint64_t seed);
-  ~Model();
-  Model(const Model&) = delete;
-  Model& operator=(const Model&) = delete;
+  static absl::StatusOr<std::unique_ptr<LoadedModel>> Random(Backend* backend,
+                                                             const ModelConfig& config,
+                                                             uint64_t seed);
+  ~LoadedModel();
+  LoadedModel(const LoadedModel&) = delete;
+  LoadedModel& operator=(const LoadedModel&) = delete;
 
   const ModelConfig& config() const { return config_; }
   const ModelWeights& weights() const { return weights_; }
@@ -51,7 +53,7 @@ class Model {
   SkewingCache& skewing_cache() const { return *skewing_cache_; }
 
  private:
-  Model(Backend* backend, const ModelConfig& config);
+  LoadedModel(Backend* backend, const ModelConfig& config);
   FloatAllocator Allocator();
 
   Backend* backend_;
@@ -88,7 +90,7 @@ struct StepResult {
   bool captured = false;    // a graph was captured or replayed
 };
 
-class Engine {
+class InferenceEngine {
  public:
   using StrategyFactory =
       std::function<absl::StatusOr<std::unique_ptr<CacheStrategy>>(const StrategyContext&)>;
@@ -98,15 +100,14 @@ class Engine {
   // InvalidArgument for parameters that this model cannot have; ResourceExhausted with asked and
   // available bytes when fixed structures exceed the budget or the machine. Backend and model must
   // outlive the engine.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(Backend* backend, const Model* model,
-                                                        const Arm& arm,
-                                                        const EngineOptions& options,
-                                                        std::span<const int32_t> calibration);
+  static absl::StatusOr<std::unique_ptr<InferenceEngine>> Create(
+      Backend* backend, const LoadedModel* model, const Arm& arm, const EngineOptions& options,
+      std::span<const int32_t> calibration);
   // The same with any strategy; its context has no calibration.
-  static absl::StatusOr<std::unique_ptr<Engine>> CreateWith(Backend* backend, const Model* model,
-                                                            const EngineOptions& options,
-                                                            const StrategyFactory& factory);
-  ~Engine();
+  static absl::StatusOr<std::unique_ptr<InferenceEngine>> CreateWith(
+      Backend* backend, const LoadedModel* model, const EngineOptions& options,
+      const StrategyFactory& factory);
+  ~InferenceEngine();
 
   CacheStrategy& strategy() { return *strategy_; }
   KvManager& manager() { return strategy_->manager(); }
@@ -165,7 +166,7 @@ class Engine {
     int32_t prompt_tokens = 0;
   };
 
-  Engine(Backend* backend, const Model* model, const EngineOptions& options);
+  InferenceEngine(Backend* backend, const LoadedModel* model, const EngineOptions& options);
   absl::Status Build(const StrategyFactory& factory);
   absl::Status AllocateBuffers();
   absl::StatusOr<Activations> AllocateRows(int64_t rows, int64_t columns);
@@ -180,7 +181,7 @@ class Engine {
   void ReadSampled(const StepPlan& plan);
 
   Backend* backend_;
-  const Model* model_;
+  const LoadedModel* model_;
   EngineOptions options_;
   int32_t max_decode_rows_;
   int32_t max_rows_;
