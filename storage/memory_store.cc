@@ -245,6 +245,7 @@ OperationResult Applier::operator()(const AppendRecords& operation) {
                       .reason = ""};
   if (!broken.ok()) {
     result.state = AppendResult::State::kVoided;
+    result.reason = std::string(broken.message());
     End(attempt, {.attempt = operation.attempt,
                   .reason = std::string(broken.message()),
                   .worker_lost = false,

@@ -106,9 +106,8 @@ absl::Status CheckPages(Database& database) {
 }
 
 absl::Status CreateTables(Database& database) {
-  return database.Execute(absl::StrCat("BEGIN IMMEDIATE;", k_schema_sql,
-                                       "PRAGMA application_id = ", kApplicationId,
-                                       ";PRAGMA user_version = ", kSchemaVersion, ";COMMIT;")
+  return database.Execute(absl::StrCat(k_schema_sql, "PRAGMA application_id = ", kApplicationId,
+                                       ";PRAGMA user_version = ", kSchemaVersion)
                               .c_str());
 }
 
@@ -158,24 +157,22 @@ absl::Status RefreshViews(Database& database) {
     if (!more) break;
     absl::StrAppend(&drop, "DROP VIEW \"", names.Bytes(0), "\";");
   }
-  RETURN_IF_ERROR(database.Execute(absl::StrCat("BEGIN IMMEDIATE;", drop, views).c_str()));
+  RETURN_IF_ERROR(database.Execute(absl::StrCat(drop, views).c_str()));
   ASSIGN_OR_RETURN(Statement note,
                    database.Compile("INSERT OR REPLACE INTO meta VALUES ('views', ?1)"));
-  RETURN_IF_ERROR(note.BindBlob(1, views).Run());
-  return database.Execute("COMMIT");
+  return note.BindBlob(1, views).Run();
 }
 
 absl::Status Prepare(Database& database) {
   const absl::Status identity = CheckIdentity(database);
   if (!identity.ok() && !absl::IsNotFound(identity)) return identity;
   RETURN_IF_ERROR(database.Execute(kSettings));
-  if (absl::IsNotFound(identity)) {
-    RETURN_IF_ERROR(CreateTables(database));
-  } else {
-    RETURN_IF_ERROR(CheckPages(database));
-  }
+  if (identity.ok()) RETURN_IF_ERROR(CheckPages(database));
+  RETURN_IF_ERROR(database.Execute("BEGIN IMMEDIATE"));
+  if (!identity.ok()) RETURN_IF_ERROR(CreateTables(database));
   RETURN_IF_ERROR(AddMetricColumns(database));
-  return RefreshViews(database);
+  RETURN_IF_ERROR(RefreshViews(database));
+  return database.Execute("COMMIT");
 }
 
 class SqliteStore final : public Store {
