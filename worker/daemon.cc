@@ -297,9 +297,16 @@ void Worker::Daemon::CarryOutAll() {
     }
   }
   for (auto& [attempt, round] : rounds_) round->forgotten = true;
+  std::vector<bool> busy;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    busy.push_back(session_->AttemptOf(SlotIndex(i)) != Attempt());
+  }
   lock.unlock();
-  for (Slot& slot : slots_) {
-    if (slot.runner != nullptr) slot.runner->Stop();
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].runner == nullptr) continue;
+    // A runner that still has work is not waited for: nobody wants the result.
+    if (busy[i]) slots_[i].runner->Kill();
+    slots_[i].runner->Stop();
   }
   for (Slot& slot : slots_) {
     if (slot.preparer.joinable()) slot.preparer.join();

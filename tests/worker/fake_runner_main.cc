@@ -114,9 +114,10 @@ class FakeRunner {
       send(kRunnerSocket, "\xff\xff\xff\xff", 4, 0);
       Hang();
     }
-    uint32_t rows = 3;
     const bool slow = absl::StartsWith(name, "slow-");
-    (void)absl::SimpleAtoi(absl::StripPrefix(absl::StripPrefix(name, "rows-"), "slow-"), &rows);
+    uint32_t rows = 0;
+    if (!absl::SimpleAtoi(absl::StripPrefix(absl::StripPrefix(name, "rows-"), "slow-"), &rows))
+      rows = 3;
     if (name == "flood") rows = 0xffffffffu;
     for (uint32_t i = 0; i < rows; ++i) {
       if ((slow || i % 64 == 0) && Cancelled(slow ? 10 : 0)) {

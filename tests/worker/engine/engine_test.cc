@@ -47,9 +47,10 @@ struct Scored {
   std::vector<float> last_logits;
 };
 
-// Teacher-forced negative log-likelihood of `ids`, prefilled in chunks.
+// Teacher-forced negative log-likelihood of ids[1 ..], prefilled in chunks; the model is fed the
+// first `inputs` of them.
 Scored Score(Backend* backend, const LoadedModel& model, const Arm& arm, EngineOptions options,
-             const std::vector<int32_t>& ids) {
+             const std::vector<int32_t>& ids, size_t inputs) {
   options.logits = LogitsMode::kAll;
   double nll = 0;
   Scored scored;
@@ -65,7 +66,9 @@ Scored Score(Backend* backend, const LoadedModel& model, const Arm& arm, EngineO
       }
     }
   };
-  KVSWEEP_CHECK_OK(RunRequests(backend, model, arm, options, {{.prompt = ids}}, {}, hook));
+  KVSWEEP_CHECK_OK(RunRequests(
+      backend, model, arm, options,
+      {{.prompt = {ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(inputs)}}}, {}, hook));
   scored.mean_nll = nll / static_cast<double>(ids.size() - 1);
   return scored;
 }
@@ -100,8 +103,8 @@ TEST(EngineTest, Stories260KLogits) {
       golden["last_position_logits_of_first_16_greedy_ids"].get<std::vector<double>>();
   const auto backend = MakeBackend();
   const auto model = LoadModel(backend.get(), "stories260K");
-  const Scored scored =
-      Score(backend.get(), *model, PagedArm(), SmallEngine(512), {ids.begin(), ids.begin() + 16});
+  const Scored scored = Score(backend.get(), *model, PagedArm(), SmallEngine(512),
+                              {ids.begin(), ids.begin() + 16}, 16);
   ASSERT_EQ(scored.last_logits.size(), expected.size());
   for (size_t i = 0; i < expected.size(); ++i) {
     EXPECT_NEAR(scored.last_logits[i], expected[i], 1e-3) << "token " << i;
@@ -114,7 +117,8 @@ TEST(EngineTest, Stories260KSampleNll) {
   const auto model = LoadModel(backend.get(), "stories260K");
   for (const nlohmann::json& story : golden["tinystories_sample"]) {
     const auto ids = story["ids"].get<std::vector<int32_t>>();
-    const Scored scored = Score(backend.get(), *model, PagedArm(), SmallEngine(512), ids);
+    const Scored scored =
+        Score(backend.get(), *model, PagedArm(), SmallEngine(512), ids, ids.size());
     EXPECT_NEAR(scored.mean_nll, story["mean_nll"].get<double>(), 1e-4);
   }
 }
@@ -126,8 +130,8 @@ TEST_P(BooksModelTest, MatchesTheLibrarysReport) {
   const auto backend = MakeBackend();
   const auto model = LoadModel(backend.get(), GetParam());
 
-  const std::vector<int32_t> window = ValidationIds(GetParam(), 2048);
-  const Scored scored = Score(backend.get(), *model, PagedArm(), SmallEngine(2048), window);
+  const std::vector<int32_t> window = ValidationIds(GetParam(), 2049);
+  const Scored scored = Score(backend.get(), *model, PagedArm(), SmallEngine(2048), window, 2048);
   EXPECT_NEAR(scored.mean_nll, report["hf_nll_first_window"].get<double>(), 1e-3);
 
   const auto prompt = report["greedy_prompt_ids"].get<std::vector<int32_t>>();
@@ -151,7 +155,7 @@ TEST_P(BooksModelTest, Bf16CacheStaysWithinItsRounding) {
   EngineOptions options = SmallEngine(2048);
   options.kv_dtype = DType::kBf16;
   const Scored scored =
-      Score(backend.get(), *model, PagedArm(), options, ValidationIds(GetParam(), 2048));
+      Score(backend.get(), *model, PagedArm(), options, ValidationIds(GetParam(), 2049), 2048);
   EXPECT_NEAR(scored.mean_nll, report["hf_nll_first_window"].get<double>(), 0.0025);
 }
 

@@ -1,0 +1,245 @@
+#include "worker/engine/serve.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "base/random.h"
+#include "tests/worker/engine/stories_model.h"
+
+namespace kvsweep {
+namespace {
+
+constexpr uint64_t kMiB = uint64_t{1} << 20;
+
+EngineOptions Options(uint64_t device_bytes) {
+  return {.max_sequences = 4,
+          .max_batched_tokens = 128,
+          .max_context = 256,
+          .graphs = true,
+          .kv_dtype = DType::kF32,
+          .device_bytes = device_bytes,
+          .host_bytes = 16 * kMiB};
+}
+
+struct Served {
+  ServeResult result;
+  std::vector<RequestRow> rows;  // in the order they came
+};
+
+class ServeTest : public testing::Test {
+ protected:
+  // Requests of random lengths whose gaps are exponential with this mean.
+  static std::vector<ServeRequest> Requests(int count, int64_t mean_gap_ns, uint64_t seed) {
+    Random random(seed);
+    std::vector<ServeRequest> requests;
+    int64_t arrival_ns = 0;
+    for (int i = 0; i < count; ++i) {
+      arrival_ns += static_cast<int64_t>(random.Exponential(static_cast<double>(mean_gap_ns)));
+      const int32_t prompt = 1 + static_cast<int32_t>(random.Uniform(100));
+      const int32_t output = 1 + static_cast<int32_t>(random.Uniform(40));
+      requests.push_back({.arrival_ns = arrival_ns,
+                          .prompt_tokens = prompt,
+                          .output_tokens = output,
+                          .max_tokens = 60});
+    }
+    return requests;
+  }
+
+  Served Serve(const Arm& arm, const EngineOptions& engine_options,
+               const std::vector<ServeRequest>& requests, ServeOptions options = {},
+               bool open_loop = true, size_t sink_rows = 1'000'000) {
+    const std::unique_ptr<InferenceEngine> engine = stories_.MakeEngine(arm, engine_options);
+    SimulatedClock clock;
+    options.clock = options.modelled = &clock;
+    const ServeSchedule schedule{.requests = requests,
+                                 .copy_prompt =
+                                     [this](size_t index, std::span<int32_t> prompt) {
+                                       const size_t row = index % 64 * 512;
+                                       std::copy_n(
+                                           samples_.begin() + static_cast<std::ptrdiff_t>(row),
+                                           prompt.size(), prompt.begin());
+                                     },
+                                 .open_loop = open_loop};
+    Served served;
+    absl::StatusOr<ServeResult> result =
+        ServeLoad(engine.get(), schedule, options, [&](RequestRow row) {
+          if (served.rows.size() == sink_rows) return false;
+          served.rows.push_back(std::move(row));
+          return true;
+        });
+    EXPECT_TRUE(result.ok()) << result.status();
+    served.result = *std::move(result);
+    engine->manager().CheckInvariants();
+    EXPECT_EQ(engine->manager().ReservedBytes(), engine->manager().FixedBytes()) << "drained";
+    return served;
+  }
+
+  StoriesModel stories_{"laptop"};
+  const std::vector<int32_t> samples_ = StoriesSamples();
+};
+
+TEST_F(ServeTest, EveryRequestGivesOneConsistentRow) {
+  const std::vector<ServeRequest> requests = Requests(24, 2 * kNsPerMs, 1);
+  const Served served = Serve(PagedArm(), Options(4 * kMiB), requests);
+  EXPECT_EQ(served.result.completed, 24);
+  EXPECT_EQ(served.result.infeasible + served.result.unfinished, 0);
+  ASSERT_EQ(served.rows.size(), 24u);
+  std::map<uint32_t, RequestRow> by_index;
+  for (const RequestRow& row : served.rows) by_index[row.index()] = row;
+  ASSERT_EQ(by_index.size(), 24u);
+  int64_t tokens = 0;
+  for (const auto& [index, row] : by_index) {
+    SCOPED_TRACE(row.DebugString());
+    const ServeRequest& request = requests[index];
+    EXPECT_EQ(row.status(), RequestRow::STATUS_COMPLETED);
+    EXPECT_EQ(row.scheduled_ns(), request.arrival_ns);
+    EXPECT_LE(row.scheduled_ns(), row.issued_ns());
+    EXPECT_LE(row.issued_ns(), row.admitted_ns());
+    EXPECT_LT(row.admitted_ns(), row.first_token_ns());
+    ASSERT_EQ(row.token_gap_ns_size(), request.output_tokens - 1);
+    int64_t finished_ns = row.first_token_ns();
+    for (const uint64_t gap : row.token_gap_ns()) finished_ns += static_cast<int64_t>(gap);
+    EXPECT_EQ(row.finished_ns(), finished_ns);
+    // The first token comes from the prompt; each later step reads all tokens so far in 5 layers.
+    int64_t full = 0;
+    for (int t = 1; t < request.output_tokens; ++t) full += 5 * (request.prompt_tokens + t);
+    EXPECT_EQ(row.entries_full(), static_cast<uint64_t>(full));
+    EXPECT_EQ(row.entries_attended(), row.entries_full());
+    EXPECT_GT(row.kv_device_bytes_peak(), 0u);
+    EXPECT_NE(row.output_digest(), 0u);
+    EXPECT_FALSE(row.engagement_expected());
+    tokens += request.output_tokens - 1;
+  }
+  EXPECT_EQ(served.result.decode_tokens, tokens);
+  EXPECT_LE(served.result.samples.size(), 200u);
+  EXPECT_FALSE(served.result.samples.empty());
+  EXPECT_GT(served.result.captured_steps, 0);
+}
+
+TEST_F(ServeTest, TheSameScheduleGivesTheSameBytes) {
+  const std::vector<ServeRequest> requests = Requests(16, kNsPerMs, 2);
+  const auto bytes = [&] {
+    std::string all;
+    for (const RequestRow& row : Serve(PagedArm(), Options(1 * kMiB), requests).rows) {
+      all += row.SerializeAsString();
+    }
+    return all;
+  };
+  EXPECT_EQ(bytes(), bytes());
+}
+
+TEST_F(ServeTest, ScarceMemoryPreemptsWithoutChangingTheOutput) {
+  const std::vector<ServeRequest> requests = Requests(12, 0, 3);
+  // κ = 2 * 5 layers * 4 heads * 8 * 4 bytes = 1280: 256 KiB hold about 190 tokens.
+  const Served scarce = Serve(PagedArm(), Options(256 << 10), requests);
+  const Served ample = Serve(PagedArm(), Options(4 * kMiB), requests);
+  EXPECT_GT(scarce.result.preemptions, 0);
+  EXPECT_GT(scarce.result.recomputed_tokens, 0);
+  EXPECT_EQ(ample.result.preemptions, 0);
+  EXPECT_LE(scarce.result.peak.device, uint64_t{256} << 10);
+  std::map<uint32_t, uint64_t> digests;
+  for (const RequestRow& row : ample.rows) digests[row.index()] = row.output_digest();
+  for (const RequestRow& row : scarce.rows) {
+    EXPECT_EQ(row.output_digest(), digests[row.index()]) << "request " << row.index();
+  }
+}
+
+TEST_F(ServeTest, EvictionShowsInTheRows) {
+  const std::vector<ServeRequest> requests = Requests(8, kNsPerMs, 4);
+  const Served served = Serve(H2oArm(0.5, 0.5, BUDGET_BASE_FIXED, 32), Options(4 * kMiB), requests);
+  int engaged = 0;
+  for (const RequestRow& row : served.rows) {
+    const uint32_t tokens = row.prompt_tokens() + row.output_tokens();
+    EXPECT_EQ(row.engagement_expected(), tokens > 32) << row.DebugString();
+    if (row.engaged()) {
+      ++engaged;
+      EXPECT_GT(row.tokens_evicted(), 0u);
+    }
+  }
+  EXPECT_GT(engaged, 0);
+  EXPECT_LT(served.result.attended_by_layer[0], served.result.full_per_layer);
+}
+
+TEST_F(ServeTest, ClosedLoopKeepsItsConcurrency) {
+  std::vector<ServeRequest> requests = Requests(12, 0, 5);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    requests[i].arrival_ns = i < 3 ? 0 : ServeRequest::kOnFinish;
+  }
+  const Served served = Serve(PagedArm(), Options(4 * kMiB), requests, {}, false);
+  ASSERT_EQ(served.result.completed, 12);
+  // In flight at the moment that each request comes, itself included: always three.
+  for (const RequestRow& row : served.rows) {
+    const auto in_flight = std::ranges::count_if(served.rows, [&](const RequestRow& other) {
+      return other.issued_ns() <= row.issued_ns() && other.finished_ns() > row.issued_ns() &&
+             (other.issued_ns() < row.issued_ns() || other.index() <= row.index());
+    });
+    EXPECT_LE(in_flight, 3);
+    if (row.index() >= 3) {
+      EXPECT_TRUE(std::ranges::any_of(
+          served.rows,
+          [&](const RequestRow& other) { return other.finished_ns() == row.scheduled_ns(); }))
+          << "request " << row.index();
+    }
+  }
+}
+
+TEST_F(ServeTest, ARequestThatCanNeverFitIsRefusedAtOnce) {
+  std::vector<ServeRequest> requests = Requests(4, kNsPerMs, 6);
+  requests[1] = {.arrival_ns = requests[1].arrival_ns,
+                 .prompt_tokens = 200,
+                 .output_tokens = 2,
+                 .max_tokens = 56};
+  const Served served = Serve(PagedArm(), Options(256 << 10), requests);
+  EXPECT_EQ(served.result.infeasible, 1);
+  EXPECT_EQ(served.result.completed, 3);
+  for (const RequestRow& row : served.rows) {
+    EXPECT_EQ(row.status() == RequestRow::STATUS_INFEASIBLE, row.index() == 1);
+  }
+}
+
+TEST_F(ServeTest, TheTimeLimitLeavesUnfinishedRows) {
+  const std::vector<ServeRequest> requests = Requests(40, 5 * kNsPerMs, 7);
+  const Served served =
+      Serve(PagedArm(), Options(4 * kMiB), requests, {.time_limit_ns = requests[20].arrival_ns});
+  EXPECT_EQ(served.result.end, ServeResult::End::kTimeLimit);
+  EXPECT_GT(served.result.completed, 0);
+  EXPECT_GT(served.result.unfinished, 0);
+  EXPECT_EQ(served.rows.size(), 40u);
+  for (const RequestRow& row : served.rows) {
+    if (row.status() == RequestRow::STATUS_UNFINISHED) {
+      EXPECT_EQ(row.finished_ns(), 0);
+    }
+  }
+}
+
+TEST_F(ServeTest, CancelAndAFullSinkEndTheServing) {
+  const std::vector<ServeRequest> requests = Requests(10, kNsPerMs, 8);
+  std::atomic<bool> cancel = false;
+  const Served cancelled =
+      Serve(PagedArm(), Options(4 * kMiB), requests,
+            {.cancel = &cancel, .progress = [&](size_t done) { cancel = done >= 3; }});
+  EXPECT_EQ(cancelled.result.end, ServeResult::End::kCancelled);
+  EXPECT_LT(cancelled.result.completed, 10);
+  const Served full = Serve(PagedArm(), Options(4 * kMiB), requests, {}, true, 4);
+  EXPECT_EQ(full.result.end, ServeResult::End::kSinkFull);
+  EXPECT_EQ(full.rows.size(), 4u);
+}
+
+TEST_F(ServeTest, AGrowingQueueIsSeenInOpenLoopsOnly) {
+  // About a hundred times what one sequence slot serves.
+  EngineOptions options = Options(4 * kMiB);
+  options.max_sequences = 1;
+  const std::vector<ServeRequest> fast = Requests(60, 10 * kNsPerUs, 9);
+  EXPECT_TRUE(Serve(PagedArm(), options, fast).result.queue_grows);
+  EXPECT_FALSE(Serve(PagedArm(), options, fast, {}, false).result.queue_grows);
+  const std::vector<ServeRequest> slow = Requests(60, kNsPerSecond, 9);
+  EXPECT_FALSE(Serve(PagedArm(), options, slow).result.queue_grows);
+}
+
+}  // namespace
+}  // namespace kvsweep
