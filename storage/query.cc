@@ -5,6 +5,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/limits.h"
 #include "base/status_macros.h"
@@ -107,10 +108,11 @@ absl::StatusOr<Statement> StoreQuery::Connection::Compile(absl::string_view sql)
   const char* rest = nullptr;
   const int code = sqlite3_prepare_v2(database->get(), sql.data(), static_cast<int>(sql.size()),
                                       &compiled, &rest);
-  if (code == SQLITE_AUTH) {
+  const absl::string_view words = sqlite3_errmsg(database->get());
+  // A function that is not allowed has the code of any other error.
+  if (code == SQLITE_AUTH || (code != SQLITE_OK && absl::StartsWith(words, "not authorized"))) {
     return absl::PermissionDeniedError(
-        absl::StrCat("only SELECT over the store's tables and views is allowed (",
-                     sqlite3_errmsg(database->get()), ")"));
+        absl::StrCat("only SELECT over the store's tables and views is allowed (", words, ")"));
   }
   if (code != SQLITE_OK) return SqliteError(database->get(), "query");
   Statement statement(compiled);

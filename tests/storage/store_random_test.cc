@@ -15,7 +15,7 @@
 namespace kvsweep {
 namespace {
 
-constexpr int kWorlds = 30;
+constexpr int kWorlds = 10;
 constexpr int kTurns = 40;
 
 std::string Show(const std::optional<StoredAttempt>& attempt) {
