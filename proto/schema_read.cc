@@ -143,9 +143,11 @@ bool ParseTree(absl::string_view text, Node* root, ProblemList* problems) {
   } catch (const Refused& refused) {
     problem = refused.problem;
   } catch (const YAML::Exception& error) {
+    const bool variable = absl::StrContains(text, "${");
     problem = {.place = {error.mark.line + 1, error.mark.column + 1},
                .what = absl::StrCat("not valid YAML: ", error.msg),
-               .remedy = "check indentation, colons and quotes there"};
+               .remedy = variable ? "inside { } and [ ] quote variables: \"${NAME}\""
+                                  : "check indentation, colons and quotes there"};
   }
   problems->Add(std::move(problem));
   return false;

@@ -1,0 +1,280 @@
+#include "experiments/report.h"
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvsweep {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+const TrialContext kContext = {"cpu", "Xeon", "x86-64-v3", "", "real", 1};
+
+// One cell, paged as reference and h2o; three repeats, each with its own level of noise that both
+// share.
+class ReportTest : public ::testing::Test {
+ protected:
+  ReportTest() {
+    input_.experiment = "quickstart";
+    input_.model = "books";
+    input_.repeats = 3;
+    input_.rounds_planned = 3;
+    input_.arms = {{"paged", "paged"}, {"h2o-20", "h2o"}};
+    input_.cells = {"rate=4/s"};
+    const double noise[] = {0, 400, 100};
+    for (uint32_t repeat = 0; repeat < 3; ++repeat) {
+      Add(0, repeat, 1000 + noise[repeat], 50);
+      Add(1, repeat, 900 + noise[repeat] + repeat, 50);
+    }
+  }
+
+  TrialResult& Add(size_t arm, uint32_t repeat, double ttft, double throughput) {
+    TrialResult trial = {
+        .trial_id = input_.trials.size() + 1, .round_id = repeat + 1, .arm = arm, .repeat = repeat};
+    trial.context = kContext;
+    trial.engagement = arm == 0 ? Engagement::kNoRule : Engagement::kEngaged;
+    trial.metrics = {{"mean_ttft_ms", ttft, ""},
+                     {"output_throughput", throughput, ""},
+                     {"p99_ttft_ms", std::nullopt, "24 values; p99 needs 100"},
+                     {"attended_fraction", arm == 0 ? 1.0 : 0.2, ""},
+                     {"preemptions", 0, ""}};
+    input_.trials.push_back(std::move(trial));
+    return input_.trials.back();
+  }
+
+  Comparison Compared(std::vector<std::string> metrics = {"mean_ttft_ms", "output_throughput"}) {
+    const auto comparison = Compare(input_, {.metrics = std::move(metrics)});
+    EXPECT_TRUE(comparison.ok()) << comparison.status();
+    return comparison.value_or(Comparison());
+  }
+
+  std::string Table() { return FormatComparison(Compared(), ReportFormat::kTable); }
+
+  ReportInput input_;
+};
+
+// The differences are 100, 99 and 98 although single runs scatter by 400: this is what pairing is
+// for.
+TEST_F(ReportTest, DifferencesArePairedInsideRounds) {
+  const Comparison comparison = Compared();
+  ASSERT_EQ(comparison.cells.size(), 1u);
+  const ComparedArm& paged = comparison.cells[0].arms[0];
+  const ComparedArm& h2o = comparison.cells[0].arms[1];
+  EXPECT_EQ(paged.metrics[0].verdict, Verdict::kReference);
+  EXPECT_NEAR(paged.metrics[0].value->mean, 3500.0 / 3, 1e-9);
+  EXPECT_GT(*paged.metrics[0].value->half_width, 300);
+  EXPECT_EQ(h2o.repeats, 3u);
+  EXPECT_DOUBLE_EQ(h2o.metrics[0].difference->mean, -99);
+  EXPECT_NEAR(*h2o.metrics[0].difference->half_width, 4.302653 / std::sqrt(3.0), 1e-5);
+  EXPECT_NEAR(*h2o.metrics[0].relative, -99 / (3500.0 / 3), 1e-12);
+  EXPECT_EQ(h2o.metrics[0].verdict, Verdict::kBetter) << "lower is better";
+  EXPECT_EQ(h2o.metrics[1].verdict, Verdict::kCannotTell) << "equal throughput";
+  EXPECT_DOUBLE_EQ(*h2o.attended_fraction, 0.2);
+}
+
+TEST_F(ReportTest, MoreThroughputIsBetter) {
+  for (TrialResult& trial : input_.trials) {
+    if (trial.arm == 1) trial.metrics[1].value = 60 + trial.repeat;
+  }
+  EXPECT_EQ(Compared().cells[0].arms[1].metrics[1].verdict, Verdict::kBetter);
+  for (TrialResult& trial : input_.trials) {
+    if (trial.arm == 1) trial.metrics[1].value = 40 + trial.repeat;
+  }
+  EXPECT_EQ(Compared().cells[0].arms[1].metrics[1].verdict, Verdict::kWorse);
+}
+
+TEST_F(ReportTest, OneRepeatHasNoVerdict) {
+  input_.trials.resize(2);
+  const Comparison comparison = Compared();
+  const ComparedMetric& metric = comparison.cells[0].arms[1].metrics[0];
+  EXPECT_EQ(metric.verdict, Verdict::kCannotTell);
+  EXPECT_EQ(metric.reason, "one repeat has no interval");
+  EXPECT_THAT(FormatComparison(comparison, ReportFormat::kTable),
+              HasSubstr("partial: 1 of 3 rounds"));
+}
+
+TEST_F(ReportTest, TrialsOfAnotherOutcomeAreCountedAndNotAveraged) {
+  TrialResult& failed = Add(1, 3, 1e9, 0);
+  failed.outcome = OUTCOME_OOM;
+  failed.evidence = "asked 9 MiB of 3 MiB";
+  const Comparison comparison = Compared();
+  const ComparedArm& h2o = comparison.cells[0].arms[1];
+  EXPECT_EQ(h2o.outcomes.at("ok"), 3u);
+  EXPECT_EQ(h2o.outcomes.at("oom"), 1u);
+  EXPECT_LT(h2o.metrics[0].value->mean, 2000);
+  EXPECT_THAT(FormatComparison(comparison, ReportFormat::kTable),
+              HasSubstr("! h2o-20: outcomes: ok 3, oom 1\n  ! h2o-20: oom: asked 9 MiB of 3 MiB"));
+}
+
+TEST_F(ReportTest, AnArmWithoutAnyOkTrialHasNoFigures) {
+  for (TrialResult& trial : input_.trials) {
+    if (trial.arm == 1) trial.outcome = OUTCOME_INFEASIBLE;
+  }
+  const Comparison comparison = Compared();
+  const ComparedMetric& metric = comparison.cells[0].arms[1].metrics[0];
+  EXPECT_FALSE(metric.value.has_value());
+  EXPECT_EQ(metric.verdict, Verdict::kNone);
+  EXPECT_EQ(metric.reason, "no trial with outcome ok");
+}
+
+TEST_F(ReportTest, WithoutEngagementThereIsNoVerdict) {
+  for (TrialResult& trial : input_.trials) {
+    if (trial.arm == 1 && trial.repeat > 0) trial.engagement = Engagement::kNotEngaged;
+  }
+  const Comparison comparison = Compared();
+  EXPECT_EQ(comparison.cells[0].arms[1].engagement, "engaged 1 of 3");
+  EXPECT_EQ(comparison.cells[0].arms[1].metrics[0].verdict, Verdict::kNone);
+  EXPECT_TRUE(comparison.cells[0].arms[1].metrics[0].value.has_value()) << "shown all the same";
+  EXPECT_THAT(FormatComparison(comparison, ReportFormat::kTable),
+              HasSubstr("engaged 1 of 3: no verdict is drawn"));
+}
+
+TEST_F(ReportTest, UnlikeContextsAreNamedAndLeftOut) {
+  input_.trials[3].context.device = "EPYC";
+  input_.trials[3].context.time_mode = "modelled:h200";
+  const Comparison comparison = Compared();
+  const ComparedArm& h2o = comparison.cells[0].arms[1];
+  EXPECT_EQ(h2o.repeats, 2u);
+  ASSERT_EQ(h2o.notes.size(), 1u);
+  EXPECT_EQ(
+      h2o.notes[0],
+      "1 trial(s) left out, from an unlike context: device \"EPYC\" instead of \"Xeon\", time "
+      "\"modelled:h200\" instead of \"real\"");
+}
+
+// More arms than a round holds: the reference runs twice in a repeat, which must not count as two
+// repeats.
+TEST_F(ReportTest, ReferenceOfSeveralGroupsCountsOncePerRepeat) {
+  input_.arms.push_back({"infinigen", "infinigen"});
+  for (uint32_t repeat = 0; repeat < 3; ++repeat) {
+    Add(0, repeat, 2000, 50).round_id = 10 + repeat;
+    Add(2, repeat, 1990 - repeat, 50).round_id = 10 + repeat;
+  }
+  const Comparison comparison = Compared();
+  EXPECT_EQ(comparison.cells[0].arms[0].repeats, 3u);
+  EXPECT_EQ(comparison.cells[0].arms[0].metrics[0].value->count, 3u);
+  EXPECT_DOUBLE_EQ(comparison.cells[0].arms[2].metrics[0].difference->mean, -11)
+      << "against the reference of its own rounds";
+}
+
+TEST_F(ReportTest, QualityIsJoinedByItsKey) {
+  QualityRow window;
+  window.set_scored_tokens(100);
+  window.set_nll_sum(200);
+  window.set_reference_nll_sum(190);
+  window.set_kl_sum(5);
+  window.set_top1_matches(80);
+  input_.qualities = {{.trial_id = 50, .content_key = "key", .windows = {window, window}}};
+  for (TrialResult& trial : input_.trials) {
+    if (trial.arm == 1) trial.quality_key = "key";
+    if (trial.arm == 0) trial.quality_key = "not yet";
+  }
+  input_.trials[1].metrics[4].value = 2;  // preemptions
+  const Comparison comparison = Compared();
+  EXPECT_EQ(comparison.cells[0].arms[0].quality->note, "its quality trial has not finished");
+  const ComparedQuality& quality = *comparison.cells[0].arms[1].quality;
+  EXPECT_DOUBLE_EQ(*quality.metrics[0].value, std::exp(2.0));
+  EXPECT_DOUBLE_EQ(quality.kl_interval->low, 0.05);
+  EXPECT_THAT(quality.note, HasSubstr("preempted by recompute"));
+  const std::string table = FormatComparison(comparison, ReportFormat::kTable);
+  EXPECT_THAT(table, HasSubstr("7.389"));
+  EXPECT_THAT(table, HasSubstr("0.0500"));
+  EXPECT_THAT(table, HasSubstr("0.800"));
+}
+
+TEST_F(ReportTest, RandomWeightsHaveNoQuality) {
+  input_.random_weights = true;
+  EXPECT_EQ(Compared().cells[0].arms[1].quality->note, "none: the weights are random");
+}
+
+TEST_F(ReportTest, UnknownMetricsAreRefusedWithTheNearestName) {
+  EXPECT_EQ(std::string(Compare(input_, {.metrics = {"mean_tfft_ms"}}).status().message()),
+            "unknown metric \"mean_tfft_ms\"; did you mean \"mean_ttft_ms\"?");
+  input_.trials[0].cell = 9;
+  EXPECT_THAT(std::string(Compare(input_, {}).status().message()),
+              HasSubstr("trial 1 names an arm or cell"));
+}
+
+TEST_F(ReportTest, TableIsAlignedAndFitsATerminal) {
+  const std::string table = Table();
+  EXPECT_EQ(table,
+            "quickstart · model books · reference paged\n"
+            "\n"
+            "rate=4/s   [cpu · Xeon · time: real]\n"
+            "  arm     n                mean_ttft       output  attended  engaged\n"
+            "                                      throughput  fraction\n"
+            "                                (ms)      (tok/s)\n")
+      << table;
+}
+
+TEST_F(ReportTest, MarkdownHasOneTableForEachCell) {
+  const std::string text = FormatComparison(Compared(), ReportFormat::kMarkdown);
+  EXPECT_THAT(text, HasSubstr("## rate=4/s\n\ncpu · Xeon · time: real\n\n| arm | n | mean_ttft_ms "
+                              "| output_throughput (tok/s) |"));
+  EXPECT_THAT(text, HasSubstr("| h2o-20 | 3 | 1068 ±520 (-8.5% ±0.21 better) |"));
+}
+
+TEST_F(ReportTest, CsvHasOneLineForEachFigure) {
+  input_.arms[1].name = "h2o, 20 \"percent\"";
+  const std::string text = FormatComparison(Compared(), ReportFormat::kCsv);
+  const std::vector<std::string> lines = absl::StrSplit(text, '\n', absl::SkipEmpty());
+  ASSERT_EQ(lines.size(), 1u + 2 * 2);
+  EXPECT_THAT(lines[3],
+              HasSubstr("quickstart,rate=4/s,\"h2o, 20 \"\"percent\"\"\",h2o,mean_ttft_ms,ms,3,"));
+  EXPECT_THAT(lines[3], HasSubstr(",better,"));
+}
+
+TEST_F(ReportTest, JsonHoldsEverything) {
+  input_.trials[0].context.device = "bad \xff bytes";
+  const auto json = nlohmann::json::parse(
+      FormatComparison(Compared({"mean_ttft_ms", "p99_ttft_ms"}), ReportFormat::kJson));
+  EXPECT_EQ(json["cells"][0]["arms"][1]["metrics"][0]["verdict"], "better");
+  EXPECT_TRUE(json["cells"][0]["arms"][1]["metrics"][1]["value"].is_null());
+  EXPECT_EQ(json["cells"][0]["arms"][1]["metrics"][1]["reason"], "24 values; p99 needs 100");
+  EXPECT_EQ(json["cells"][0]["context"]["time_mode"], "real");
+}
+
+TEST_F(ReportTest, BackendAndTimeAreSaid) {
+  EXPECT_THAT(Table(), HasSubstr("Timings of the CPU backend say nothing about a GPU."));
+  for (TrialResult& trial : input_.trials) trial.context.time_mode = "modelled:h200";
+  EXPECT_THAT(Table(), HasSubstr("Modelled time is computed from a cost model"));
+  EXPECT_THAT(Table(), Not(HasSubstr("Timings of the CPU")));
+  input_.trials.clear();
+  EXPECT_THAT(Table(), HasSubstr("[no result yet]"));
+}
+
+TEST(TrialBlockTest, IsVllmsBlock) {
+  std::vector<RequestRow> rows(1);
+  rows[0].set_output_tokens(2);
+  rows[0].set_prompt_tokens(5);
+  rows[0].set_first_token_ns(100'000'000);
+  rows[0].add_token_gap_ns(12'500'000);
+  rows[0].set_finished_ns(112'500'000);
+  const std::vector<SummaryMetric> metrics = Summarise({.requests = rows});
+  const std::string block = FormatTrialBlock("Serving Benchmark Result", metrics);
+  EXPECT_THAT(block, HasSubstr("============ Serving Benchmark Result ============\n"
+                               "Successful requests:                     1\n"));
+  EXPECT_THAT(block, HasSubstr("---------------Time to First Token----------------\n"
+                               "Mean TTFT (ms):                          100.00\n"));
+  EXPECT_THAT(block,
+              HasSubstr("P99 TTFT (ms):                           n/a (1 values; p99 needs 100)"));
+  const auto json = nlohmann::json::parse(FormatTrialJson(metrics));
+  EXPECT_EQ(json["mean_tpot_ms"], 12.5);
+  EXPECT_TRUE(json["p99_ttft_ms"].is_null());
+  EXPECT_EQ(json["reasons"]["p99_ttft_ms"], "1 values; p99 needs 100");
+}
+
+TEST(ReportFormatTest, NamesAreParsed) {
+  EXPECT_EQ(*ParseReportFormat("csv"), ReportFormat::kCsv);
+  EXPECT_THAT(std::string(ParseReportFormat("xml").status().message()),
+              HasSubstr("table, markdown, json or csv"));
+}
+
+}  // namespace
+}  // namespace kvsweep
