@@ -1,0 +1,375 @@
+#include "worker/engine/serve.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "base/check.h"
+#include "base/digest.h"
+#include "base/status_macros.h"
+
+namespace kvsweep {
+namespace {
+
+// A pause after which the cancel flag is looked at again.
+constexpr int64_t kLongestSleepNs = 20 * kNsPerMs;
+
+// What a request has gone through; becomes its row.
+struct Book {
+  int64_t scheduled_ns = 0;
+  int64_t issued_ns = 0;
+  int64_t admitted_ns = 0;
+  std::vector<int64_t> token_ns;  // room for all of them from the beginning
+  double attended = 0;
+  double full = 0;
+  double fetched = 0;
+  int64_t evicted = 0;
+  TierBytes peak;
+  bool issued = false;
+  bool admitted = false;
+  bool engaged = false;
+  bool done = false;
+};
+
+// A series of steps thinned as it grows: full, it drops every other one and takes half as many.
+class ThinnedSamples {
+ public:
+  explicit ThinnedSamples(size_t capacity) : capacity_(capacity) { samples_.reserve(capacity); }
+
+  void Add(const StepSample& sample) {
+    if (count_++ % stride_ != 0) return;
+    if (samples_.size() == capacity_) {
+      for (size_t i = 0; 2 * i < samples_.size(); ++i) samples_[i] = samples_[2 * i];
+      samples_.resize((samples_.size() + 1) / 2);
+      stride_ *= 2;
+      if ((count_ - 1) % stride_ != 0) return;
+    }
+    samples_.push_back(sample);
+  }
+
+  std::vector<StepSample> Take() { return std::move(samples_); }
+
+ private:
+  size_t capacity_;
+  uint64_t stride_ = 1;
+  uint64_t count_ = 0;
+  std::vector<StepSample> samples_;
+};
+
+uint64_t DigestOfTokens(std::span<const int32_t> tokens) {
+  const Digest digest =
+      Sha256({reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(int32_t)});
+  uint64_t first = 0;
+  std::memcpy(&first, digest.bytes().data(), sizeof(first));
+  return first;
+}
+
+class Server {
+ public:
+  Server(InferenceEngine* engine, const ServeSchedule& schedule, const ServeOptions& options,
+         const RequestSink& sink)
+      : engine_(*engine),
+        schedule_(schedule),
+        options_(options),
+        sink_(sink),
+        batcher_({.max_sequences = engine->options().max_sequences,
+                  .max_batched_tokens = engine->options().max_batched_tokens,
+                  .chunk_alignment = engine->chunk_alignment(),
+                  .budget = {engine->options().device_bytes, engine->options().host_bytes}},
+                 &engine->manager()),
+        books_(schedule.requests.size()),
+        samples_(options.max_samples),
+        layer_counts_(static_cast<size_t>(engine->config().layers)),
+        start_ns_(options.clock->NowNs()) {
+    result_.attended_by_layer.resize(layer_counts_.size());
+    for (const ServeRequest& request : schedule.requests) {
+      KVSWEEP_CHECK_LE(request.prompt_tokens + request.max_tokens, engine->options().max_context);
+      longest_prompt_ = std::max(longest_prompt_, request.prompt_tokens);
+    }
+    prompt_.resize(static_cast<size_t>(longest_prompt_));
+  }
+
+  absl::StatusOr<ServeResult> Run() {
+    while (done_ < books_.size() && result_.end == ServeResult::End::kServedAll) {
+      const size_t done_before = done_;
+      RETURN_IF_ERROR(Turn());
+      if (options_.progress && done_ > done_before) options_.progress(done_);
+    }
+    Abandon();
+    result_.duration_ns = NowNs();
+    JudgeQueue();
+    result_.samples = samples_.Take();
+    return std::move(result_);
+  }
+
+ private:
+  int64_t NowNs() const { return options_.clock->NowNs() - start_ns_; }
+  const ServeRequest& RequestAt(size_t index) const { return schedule_.requests[index]; }
+
+  absl::Status Turn() {
+    if (options_.cancel != nullptr && options_.cancel->load(std::memory_order_relaxed)) {
+      result_.end = ServeResult::End::kCancelled;
+      return absl::OkStatus();
+    }
+    if (NowNs() >= options_.time_limit_ns) {
+      result_.end = ServeResult::End::kTimeLimit;
+      return absl::OkStatus();
+    }
+    IssueArrivals();
+    if (!batcher_.idle()) return Step();
+    if (next_ < books_.size()) SleepUntilArrival();
+    return absl::OkStatus();
+  }
+
+  // ----------------------------------------------------------------------------------- arrivals
+
+  void IssueArrivals() {
+    const int64_t now_ns = NowNs();
+    while (next_ < books_.size()) {
+      int64_t scheduled_ns = RequestAt(next_).arrival_ns;
+      if (scheduled_ns == ServeRequest::kOnFinish) {
+        if (released_ == 0) return;
+        --released_;
+        scheduled_ns = released_ns_;
+      }
+      if (scheduled_ns > now_ns) return;
+      Issue(next_++, scheduled_ns, now_ns);
+    }
+  }
+
+  void Issue(size_t index, int64_t scheduled_ns, int64_t now_ns) {
+    const ServeRequest& request = RequestAt(index);
+    const RequestId id = static_cast<RequestId>(index);
+    Book& book = books_[index];
+    book.scheduled_ns = scheduled_ns;
+    book.issued_ns = now_ns;
+    book.issued = true;
+    if (batcher_.Add(id, {request.prompt_tokens, request.max_tokens}, request.output_tokens)) {
+      book.token_ns.reserve(static_cast<size_t>(request.output_tokens));
+      const std::span<int32_t> prompt(prompt_.data(), static_cast<size_t>(request.prompt_tokens));
+      schedule_.copy_prompt(index, prompt);
+      engine_.AddSequence(id, prompt, request.prompt_tokens);
+    } else {
+      ++result_.infeasible;
+      Close(index, RequestRow::STATUS_INFEASIBLE);
+    }
+    const size_t total = books_.size();
+    for (size_t third = 1; third <= 3; ++third) {
+      if (index + 1 == (total * third + 2) / 3) {
+        result_.waiting_at_third[third - 1] = batcher_.waiting();
+      }
+    }
+  }
+
+  void SleepUntilArrival() {
+    const int64_t arrival_ns = RequestAt(next_).arrival_ns;
+    KVSWEEP_CHECK(arrival_ns >= 0) << "a closed loop stands still at request " << next_;
+    const int64_t wake_ns =
+        std::min({arrival_ns, options_.time_limit_ns, NowNs() + kLongestSleepNs});
+    options_.clock->SleepUntilNs(start_ns_ + wake_ns);
+  }
+
+  // -------------------------------------------------------------------------------------- steps
+
+  absl::Status Step() {
+    const int64_t begin_ns = NowNs();
+    const StepPlan& plan = batcher_.Plan();
+    BookPlan(plan, begin_ns);
+    ASSIGN_OR_RETURN(const StepResult step, engine_.Execute(plan));
+    if (options_.modelled != nullptr) options_.modelled->AdvanceNs(step.modelled_ns);
+    const int64_t end_ns = NowNs();
+    ++result_.steps;
+    result_.captured_steps += step.captured;
+    BookDecodes(plan);
+    Sample(begin_ns, end_ns);
+    BookTokens(batcher_.Complete(), end_ns);
+    return absl::OkStatus();
+  }
+
+  void BookPlan(const StepPlan& plan, int64_t now_ns) {
+    for (const RequestId id : plan.admitted) {
+      Book& book = books_[static_cast<size_t>(id)];
+      if (!std::exchange(book.admitted, true)) book.admitted_ns = now_ns;
+    }
+    for (const Segment& segment : plan.decode) BookMemory(segment.request);
+    for (const Segment& segment : plan.prefill) BookMemory(segment.request);
+  }
+
+  void BookMemory(RequestId id) {
+    const TierBytes bytes = engine_.manager().RequestBytes(id);
+    TierBytes& peak = books_[static_cast<size_t>(id)].peak;
+    peak.device = std::max(peak.device, bytes.device);
+    peak.host = std::max(peak.host, bytes.host);
+  }
+
+  // Before Complete, which may release what the strategy still needs to count.
+  void BookDecodes(const StepPlan& plan) {
+    for (size_t i = 0; i < plan.decode.size(); ++i) {
+      const Segment& segment = plan.decode[i];
+      Book& book = books_[static_cast<size_t>(segment.request)];
+      const DecodeCounts counts = engine_.CollectDecode(i, layer_counts_);
+      book.attended += counts.attended;
+      book.fetched += counts.fetched;
+      book.evicted += counts.evicted;
+      book.engaged |= counts.engaged;
+      book.full += static_cast<double>(segment.start_position + 1) *
+                   static_cast<double>(layer_counts_.size());
+      result_.full_per_layer += segment.start_position + 1;
+      for (size_t layer = 0; layer < layer_counts_.size(); ++layer) {
+        result_.attended_by_layer[layer] += layer_counts_[layer];
+      }
+    }
+    result_.decode_tokens += static_cast<int64_t>(plan.decode.size());
+    for (const Segment& segment : plan.prefill) {
+      result_.prefill_tokens += segment.rows;
+      if (segment.last_chunk) BookPrompt(segment.request);
+    }
+  }
+
+  void BookPrompt(RequestId id) {
+    const ServeRequest& request = RequestAt(static_cast<size_t>(id));
+    Book& book = books_[static_cast<size_t>(id)];
+    const int32_t evicted =
+        engine_.strategy().PromptEvictions({request.prompt_tokens, request.max_tokens});
+    book.evicted += evicted;
+    book.engaged |= evicted > 0;
+  }
+
+  void Sample(int64_t begin_ns, int64_t end_ns) {
+    const KvManager& manager = engine_.manager();
+    const TierBytes reserved = manager.ReservedBytes();
+    const uint64_t live = manager.LiveBytes().device;
+    result_.peak.device = std::max(result_.peak.device, reserved.device);
+    result_.peak.host = std::max(result_.peak.host, reserved.host);
+    result_.live_device_bytes_peak = std::max(result_.live_device_bytes_peak, live);
+    samples_.Add({.time_ns = end_ns,
+                  .step_ns = end_ns - begin_ns,
+                  .reserved = reserved,
+                  .live_device_bytes = live,
+                  .running = batcher_.running(),
+                  .waiting = batcher_.waiting()});
+  }
+
+  void BookTokens(const StepEffects& effects, int64_t now_ns) {
+    for (const RequestId id : effects.produced) {
+      books_[static_cast<size_t>(id)].token_ns.push_back(now_ns);
+    }
+    for (const RequestId id : effects.finished) {
+      ++result_.completed;
+      Close(static_cast<size_t>(id), RequestRow::STATUS_COMPLETED);
+      engine_.RemoveSequence(id);
+    }
+  }
+
+  // --------------------------------------------------------------------------------------- rows
+
+  void Close(size_t index, RequestRow::Status status) {
+    books_[index].done = true;
+    ++done_;
+    if (books_[index].issued) {
+      const Batcher::Tally tally = batcher_.tally(static_cast<RequestId>(index));
+      result_.preemptions += tally.preemptions;
+      result_.recomputed_tokens += tally.recomputed_tokens;
+    }
+    ++released_;
+    released_ns_ = NowNs();
+    if (!sink_(MakeRow(index, status))) result_.end = ServeResult::End::kSinkFull;
+    books_[index].token_ns = {};
+  }
+
+  RequestRow MakeRow(size_t index, RequestRow::Status status) const {
+    const ServeRequest& request = RequestAt(index);
+    const Book& book = books_[index];
+    RequestRow row;
+    row.set_index(static_cast<uint32_t>(index));
+    row.set_status(status);
+    row.set_prompt_tokens(static_cast<uint32_t>(request.prompt_tokens));
+    row.set_output_tokens(static_cast<uint32_t>(
+        status == RequestRow::STATUS_COMPLETED ? request.output_tokens : book.token_ns.size()));
+    row.set_scheduled_ns(book.issued ? book.scheduled_ns
+                                     : std::max<int64_t>(request.arrival_ns, 0));
+    row.set_issued_ns(book.issued_ns);
+    if (status == RequestRow::STATUS_INFEASIBLE || !book.issued) return row;
+    row.set_admitted_ns(book.admitted_ns);
+    AddTimes(book, status, &row);
+    const RequestId id = static_cast<RequestId>(index);
+    const Batcher::Tally tally = batcher_.tally(id);
+    row.set_preemptions(static_cast<uint32_t>(tally.preemptions));
+    row.set_recomputed_tokens(static_cast<uint32_t>(tally.recomputed_tokens));
+    row.set_entries_attended(static_cast<uint64_t>(std::llround(book.attended)));
+    row.set_entries_full(static_cast<uint64_t>(std::llround(book.full)));
+    row.set_entries_fetched(static_cast<uint64_t>(std::llround(book.fetched)));
+    row.set_tokens_evicted(static_cast<uint64_t>(book.evicted));
+    row.set_kv_device_bytes_peak(book.peak.device);
+    row.set_kv_host_bytes_peak(book.peak.host);
+    if (status != RequestRow::STATUS_COMPLETED) return row;
+    row.set_output_digest(
+        DigestOfTokens(engine_.Tokens(id).subspan(static_cast<size_t>(request.prompt_tokens))));
+    const int32_t tokens = request.prompt_tokens + request.output_tokens;
+    const bool expected =
+        engine_.strategy().EngagementExpected({request.prompt_tokens, request.max_tokens}, tokens);
+    row.set_engagement_expected(expected);
+    row.set_engaged(expected && book.engaged);
+    return row;
+  }
+
+  static void AddTimes(const Book& book, RequestRow::Status status, RequestRow* row) {
+    if (book.token_ns.empty()) return;
+    row->set_first_token_ns(book.token_ns.front());
+    if (status == RequestRow::STATUS_COMPLETED) row->set_finished_ns(book.token_ns.back());
+    row->mutable_token_gap_ns()->Reserve(static_cast<int>(book.token_ns.size()) - 1);
+    for (size_t i = 1; i < book.token_ns.size(); ++i) {
+      row->add_token_gap_ns(static_cast<uint64_t>(book.token_ns[i] - book.token_ns[i - 1]));
+    }
+  }
+
+  // Closes what has not ended: the time is up, or nobody wants the rest.
+  void Abandon() {
+    for (size_t index = 0; index < books_.size(); ++index) {
+      if (books_[index].done) continue;
+      if (books_[index].issued) {
+        batcher_.Drop(static_cast<RequestId>(index));
+        engine_.RemoveSequence(static_cast<RequestId>(index));
+      }
+      ++result_.unfinished;
+      if (result_.end == ServeResult::End::kSinkFull) continue;
+      Close(index, RequestRow::STATUS_UNFINISHED);
+    }
+  }
+
+  // The queue grows when clearly more requests wait at the last arrival than at both earlier
+  // thirds.
+  void JudgeQueue() {
+    if (!schedule_.open_loop || result_.end != ServeResult::End::kServedAll) return;
+    const int32_t* waiting = result_.waiting_at_third;
+    const double margin = std::max(4.0, 0.1 * static_cast<double>(books_.size()));
+    result_.queue_grows = waiting[2] - std::max(waiting[0], waiting[1]) > margin;
+  }
+
+  InferenceEngine& engine_;
+  const ServeSchedule& schedule_;
+  const ServeOptions& options_;
+  const RequestSink& sink_;
+  Batcher batcher_;
+  std::vector<Book> books_;
+  ThinnedSamples samples_;
+  std::vector<double> layer_counts_;
+  std::vector<int32_t> prompt_;
+  int32_t longest_prompt_ = 0;
+  const int64_t start_ns_;
+  size_t next_ = 0;  // first request that has not been issued
+  size_t done_ = 0;
+  int64_t released_ = 0;  // requests of a closed loop that may come, since others finished
+  int64_t released_ns_ = 0;
+  ServeResult result_;
+};
+
+}  // namespace
+
+absl::StatusOr<ServeResult> ServeLoad(InferenceEngine* engine, const ServeSchedule& schedule,
+                                      const ServeOptions& options, const RequestSink& sink) {
+  return Server(engine, schedule, options, sink).Run();
+}
+
+}  // namespace kvsweep

@@ -1,0 +1,106 @@
+// The serving loop: carries a schedule of requests out with an engine and a batcher, under a clock.
+//
+// Each turn pulls the arrivals that are due, plans a step, executes it and books what it brought.
+// Latencies count from the scheduled arrival. In real time the loop sleeps when nothing runs; in
+// modelled time the clock is simulated, jumps to the next arrival, and moves by what each step
+// lasts on the device profile, so the same schedule always gives the same rows.
+//
+// One thread. The engine never waits for whoever takes the rows.
+#ifndef KVSWEEP_WORKER_ENGINE_SERVE_H_
+#define KVSWEEP_WORKER_ENGINE_SERVE_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "base/clock.h"
+#include "proto/experiment.pb.h"
+#include "worker/engine/engine.h"
+
+namespace kvsweep {
+
+// One request of the schedule.
+struct ServeRequest {
+  // Arrival of a closed loop's request that comes when another one finishes.
+  static constexpr int64_t kOnFinish = -1;
+
+  int64_t arrival_ns = 0;  // since time 0 of the measurement, or kOnFinish
+  int32_t prompt_tokens = 0;
+  int32_t output_tokens = 0;  // replayed length
+  int32_t max_tokens = 0;     // what the strategy may know
+};
+
+// A schedule, borrowed.
+struct ServeSchedule {
+  std::span<const ServeRequest> requests;  // in order of arrival
+  // Writes the prompt of request `index`, of prompt_tokens tokens.
+  std::function<void(size_t index, std::span<int32_t> prompt)> copy_prompt;
+  // Arrivals do not depend on the service: a queue that keeps growing means overload.
+  bool open_loop = true;
+};
+
+// Takes a row as its request ends. Must not block; false: no room, which ends the serving.
+using RequestSink = std::function<bool(RequestRow row)>;
+
+struct ServeOptions {
+  Clock* clock = nullptr;
+  SimulatedClock* modelled = nullptr;         // the same clock in modelled time, else nullptr
+  int64_t time_limit_ns = kNeverNs;           // from time 0
+  const std::atomic<bool>* cancel = nullptr;  // polled each turn, at least every 20 ms of real time
+  std::function<void(size_t done)> progress;  // after each turn in which requests were done
+  size_t max_samples = 200;                   // of each series
+};
+
+// State at the end of a step.
+struct StepSample {
+  int64_t time_ns = 0;  // since time 0
+  int64_t step_ns = 0;  // length of the step
+  TierBytes reserved;
+  uint64_t live_device_bytes = 0;
+  int32_t running = 0;
+  int32_t waiting = 0;
+};
+
+// How and with what figures a serving ended.
+struct ServeResult {
+  enum class End { kServedAll, kTimeLimit, kCancelled, kSinkFull };
+  End end = End::kServedAll;
+
+  int64_t duration_ns = 0;
+  int32_t completed = 0;
+  int32_t infeasible = 0;
+  int32_t unfinished = 0;
+
+  // Requests waiting when one third, two thirds and all of them had arrived; and the verdict.
+  int32_t waiting_at_third[3] = {0, 0, 0};
+  bool queue_grows = false;
+
+  int64_t steps = 0;
+  int64_t captured_steps = 0;
+  int64_t prefill_tokens = 0;  // computed, those computed again included
+  int64_t decode_tokens = 0;
+  int64_t preemptions = 0;
+  int64_t recomputed_tokens = 0;
+  TierBytes peak;  // reserved
+  uint64_t live_device_bytes_peak = 0;
+  std::vector<double> attended_by_layer;  // entries read by decode steps, mean over KV heads
+  double full_per_layer = 0;              // what a full cache would have read in each layer
+
+  // Every k-th step, k being the least power of two that leaves at most max_samples.
+  std::vector<StepSample> samples;
+};
+
+// Serves the schedule. Every request of it gives exactly one row, unless the sink is full:
+// completed or infeasible ones as they end, the rest as unfinished at the end. The engine holds no
+// sequence afterwards. Request ids are indices into the schedule. An error is the engine's.
+// REQUIRES: the engine is idle; no request is longer than its max_context.
+absl::StatusOr<ServeResult> ServeLoad(InferenceEngine* engine, const ServeSchedule& schedule,
+                                      const ServeOptions& options, const RequestSink& sink);
+
+}  // namespace kvsweep
+
+#endif  // KVSWEEP_WORKER_ENGINE_SERVE_H_

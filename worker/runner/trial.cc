@@ -1,0 +1,568 @@
+#include "worker/runner/trial.h"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "base/limits.h"
+#include "base/random.h"
+#include "base/status_macros.h"
+#include "base/version.h"
+#include "experiments/matrix.h"
+#include "experiments/metrics.h"
+#include "experiments/spec.h"
+
+namespace kvsweep {
+namespace {
+
+// Windows of a quality trial side by side at most, and bytes of the full cache's logits at a time.
+constexpr int32_t kWindowsSideBySide = 16;
+constexpr uint64_t kReferenceLogitsBytes = uint64_t{128} << 20;
+
+// Ids that a strategy may calibrate itself on: the most that a spec can ask for.
+constexpr size_t kCalibrationIds = 65'536;
+constexpr uint64_t kCalibrationSeed = 0x63616c6962;
+
+DType KvDtype(const Kv& kv, const ModelConfig& config) {
+  switch (kv.dtype()) {
+    case Kv::DTYPE_F32:
+      return DType::kF32;
+    case Kv::DTYPE_BF16:
+      return DType::kBf16;
+    case Kv::DTYPE_F16:
+      return DType::kF16;
+    default:
+      return config.dtype;
+  }
+}
+
+// The number behind `word` in a message, "asked 4096"; 0 if there is none.
+uint64_t NumberAfter(absl::string_view message, absl::string_view word) {
+  const size_t at = message.find(word);
+  if (at == absl::string_view::npos) return 0;
+  absl::string_view digits = message.substr(at + word.size());
+  size_t count = 0;
+  while (count < digits.size() && absl::ascii_isdigit(digits[count])) ++count;
+  uint64_t number = 0;
+  return absl::SimpleAtoi(digits.substr(0, count), &number) ? number : 0;
+}
+
+std::vector<ServeRequest> ScheduleOf(const Workload& workload) {
+  std::vector<ServeRequest> schedule;
+  schedule.reserve(workload.requests().size());
+  for (const WorkloadRequest& request : workload.requests()) {
+    schedule.push_back({.arrival_ns = request.arrival_ns == kArrivesOnFinish
+                                          ? ServeRequest::kOnFinish
+                                          : request.arrival_ns,
+                        .prompt_tokens = static_cast<int32_t>(request.prompt_tokens),
+                        .output_tokens = static_cast<int32_t>(request.output_tokens),
+                        .max_tokens = static_cast<int32_t>(request.max_tokens)});
+  }
+  return schedule;
+}
+
+// The full cache that quality is measured against.
+Arm ReferenceArm() {
+  Arm arm;
+  arm.set_name("full cache");
+  arm.set_strategy("paged");
+  arm.mutable_paged()->set_block_size(16);
+  arm.mutable_paged()->set_watermark(0);
+  return arm;
+}
+
+const char* YesNo(bool value) { return value ? "yes" : "no"; }
+
+}  // namespace
+
+TrialOutcome OutcomeOfError(const absl::Status& status) {
+  TrialOutcome outcome;
+  outcome.set_evidence(std::string(status.message().substr(0, limits::kEvidenceBytes)));
+  switch (status.code()) {
+    case absl::StatusCode::kResourceExhausted:
+      outcome.set_outcome(OUTCOME_OOM);
+      outcome.set_asked_bytes(NumberAfter(status.message(), "asked "));
+      outcome.set_available_bytes(NumberAfter(status.message(), "available "));
+      break;
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kFailedPrecondition:
+    case absl::StatusCode::kUnimplemented:
+    case absl::StatusCode::kOutOfRange:
+      outcome.set_outcome(OUTCOME_INFEASIBLE);
+      break;
+    case absl::StatusCode::kDeadlineExceeded:
+      outcome.set_outcome(OUTCOME_TIMEOUT);
+      break;
+    case absl::StatusCode::kCancelled:
+      outcome.set_outcome(OUTCOME_CANCELLED);
+      break;
+    default:
+      outcome.set_outcome(OUTCOME_CRASHED);
+  }
+  return outcome;
+}
+
+Trial::Trial(const RunTrial& request, const TrialContext& context)
+    : request_(request), context_(context), begun_ns_(RealClock::Get().NowNs()) {
+  progress_.set_trial_id(request.trial_id());
+}
+
+void Trial::Run() {
+  struct Phase {
+    const char* name;
+    absl::Status (Trial::*run)();
+  };
+  static constexpr std::array<Phase, 7> kPhases = {{{"check", &Trial::Check},
+                                                    {"load", &Trial::Load},
+                                                    {"prepare", &Trial::Prepare},
+                                                    {"warm up", &Trial::WarmUp},
+                                                    {"measure", &Trial::Measure},
+                                                    {"drain", &Trial::Drain},
+                                                    {"summarise", &Trial::Summarise}}};
+  for (const Phase& phase : kPhases) {
+    EnterPhase(phase.name, 0);
+    absl::Status status = (this->*phase.run)();
+    if (status.ok() && context_.cancel->load(std::memory_order_relaxed)) {
+      status = absl::CancelledError("cancelled");
+    }
+    if (!status.ok() && outcome_.outcome() == OUTCOME_OK) {
+      const int64_t duration_ns = outcome_.duration_ns();
+      outcome_ = OutcomeOfError(status);
+      outcome_.set_duration_ns(duration_ns);
+    }
+    if (!status.ok()) break;
+  }
+  outcome_.set_phase(progress_.phase());
+  if (!started_) EmitStart();
+  EmitOutcome();
+}
+
+// ------------------------------------------------------------------------------------------ check
+
+absl::Status Trial::Check() {
+  const TrialSpec& spec = request_.spec();
+  ProblemList problems;
+  CheckTrial(spec, "", &problems);
+  RETURN_IF_ERROR(problems.ToStatus("trial"));
+  return absl::OkStatus();
+}
+
+// ------------------------------------------------------------------------------------------- load
+
+absl::Status Trial::Load() {
+  const TrialSpec& spec = request_.spec();
+  ASSIGN_OR_RETURN(backend_,
+                   context_.device->UseBackend(context_.device->OptionsOf(spec.engine())));
+  const std::string& backend = backend_->info().backend;
+  const Engine::Backend asked = spec.engine().backend();
+  if (asked != Engine::BACKEND_AUTO && (asked == Engine::BACKEND_CUDA) != (backend == "cuda")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("engine.backend: this runner has the ", backend, " backend; ask for auto"));
+  }
+  if (spec.model().has_shape()) {
+    ASSIGN_OR_RETURN(model_,
+                     context_.device->UseShape(spec.model().shape(), spec.model().weights_seed()));
+  } else {
+    ASSIGN_OR_RETURN(model_,
+                     context_.device->UseFolder(request_.model_path(), spec.model_reference()));
+  }
+  kv_dtype_ = KvDtype(spec.kv(), model_->config());
+  RETURN_IF_ERROR(is_quality() ? LoadQualityTask() : LoadWorkload());
+  RETURN_IF_ERROR(LoadCalibration());
+  return CheckPreparation();
+}
+
+absl::Status Trial::LoadWorkload() {
+  const kvsweep::Load& load = request_.spec().load();
+  const ModelConfig& config = model_->config();
+  WorkloadInputs inputs{.context_tokens = static_cast<uint32_t>(config.max_positions),
+                        .vocabulary = static_cast<uint32_t>(config.vocabulary),
+                        .bos_id = config.bos_id};
+  if (load.has_text()) {
+    ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
+    ASSIGN_OR_RETURN(inputs.text_ids, context_.inputs->TextIds(request_, load.text(), *tokenizer,
+                                                               context_.device->model_key()));
+  }
+  if (load.lengths().has_trace()) {
+    ASSIGN_OR_RETURN(inputs.trace, context_.inputs->Trace(request_, load.lengths().trace()));
+  }
+  const Seeds& seeds = request_.spec().seeds();
+  ASSIGN_OR_RETURN(Workload workload, Workload::Build(load, seeds, inputs));
+  workload_ = std::make_unique<Workload>(std::move(workload));
+  const uint32_t requests = request_.spec().engine().warmup_requests();
+  if (requests == 0) return absl::OkStatus();
+  ASSIGN_OR_RETURN(Workload warmup, Workload::BuildWarmup(load, seeds, inputs, requests));
+  warmup_ = std::make_unique<Workload>(std::move(warmup));
+  return absl::OkStatus();
+}
+
+absl::Status Trial::LoadQualityTask() {
+  const TrialSpec& spec = request_.spec();
+  const Quality& quality = spec.quality();
+  const std::string& text = quality.has_text() ? quality.text() : spec.load().text();
+  ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
+  ASSIGN_OR_RETURN(quality_.text_ids, context_.inputs->TextIds(request_, text, *tokenizer,
+                                                               context_.device->model_key()));
+  quality_.bos_id = model_->config().bos_id;
+  quality_.context = static_cast<int32_t>(quality.context());
+  quality_.prefill = static_cast<int32_t>(quality.prefill());
+  quality_.windows = QualityWindows(quality.text_tokens(), quality_.context, quality_.prefill);
+  return absl::OkStatus();
+}
+
+// What strategies prepare themselves on: the second half of the text, away from the windows that
+// quality is measured on; without a text, random ids.
+absl::Status Trial::LoadCalibration() {
+  const ModelConfig& config = model_->config();
+  if (config.bos_id.has_value()) calibration_.push_back(*config.bos_id);
+  std::span<const int32_t> text = quality_.text_ids;
+  const kvsweep::Load& load = request_.spec().load();
+  if (text.empty() && load.has_text()) {
+    ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
+    ASSIGN_OR_RETURN(text, context_.inputs->TextIds(request_, load.text(), *tokenizer,
+                                                    context_.device->model_key()));
+  }
+  const size_t count = std::min(kCalibrationIds, static_cast<size_t>(config.max_positions));
+  if (!text.empty()) {
+    text = text.subspan(text.size() / 2);
+    const size_t taken = std::min(text.size(), count - calibration_.size());
+    calibration_.insert(calibration_.end(), text.begin(),
+                        text.begin() + static_cast<std::ptrdiff_t>(taken));
+    return absl::OkStatus();
+  }
+  Random random(kCalibrationSeed);
+  while (calibration_.size() < count) {
+    calibration_.push_back(
+        static_cast<int32_t>(random.Uniform(static_cast<uint64_t>(config.vocabulary))));
+  }
+  return absl::OkStatus();
+}
+
+// ---------------------------------------------------------------------------------------- prepare
+
+EngineOptions Trial::ArmOptions() const {
+  const TrialSpec& spec = request_.spec();
+  EngineOptions options{
+      .max_sequences = static_cast<int32_t>(spec.engine().max_num_seqs()),
+      .max_batched_tokens = static_cast<int32_t>(spec.engine().max_num_batched_tokens()),
+      .max_context = is_quality() ? quality_.context : static_cast<int32_t>(workload_->max_total()),
+      .graphs = spec.engine().graphs(),
+      .logits = is_quality() ? LogitsMode::kLast : LogitsMode::kNone,
+      .kv_dtype = kv_dtype_,
+      .device_bytes = spec.kv().device_bytes(),
+      .host_bytes = spec.kv().host_bytes()};
+  if (is_quality()) {
+    options.max_sequences = std::min({options.max_sequences, quality_.windows, kWindowsSideBySide});
+  }
+  return options;
+}
+
+absl::Status Trial::Prepare() {
+  ASSIGN_OR_RETURN(engine_, InferenceEngine::Create(backend_, model_, request_.spec().arm(),
+                                                    ArmOptions(), calibration_));
+  if (engine_->chunk_alignment() > engine_->options().max_batched_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "engine.max_num_batched_tokens: ", engine_->options().max_batched_tokens, ": ",
+        request_.spec().arm().strategy(), " computes prompts in chunks of multiples of ",
+        engine_->chunk_alignment(), " tokens; raise it to at least that"));
+  }
+  if (is_quality()) {
+    side_by_side_ = WindowsSideBySide(engine_.get(), quality_);
+    if (side_by_side_ == 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("kv.device_bytes: no room for one quality window of ", quality_.context,
+                       " tokens; raise it or lower quality.context"));
+    }
+    ASSIGN_OR_RETURN(reference_, InferenceEngine::Create(
+                                     backend_, model_, ReferenceArm(),
+                                     ReferenceOptions(model_->config(), quality_, side_by_side_,
+                                                      kv_dtype_, kReferenceLogitsBytes),
+                                     {}));
+  }
+  return CheckPreparation();
+}
+
+// ---------------------------------------------------------------------------------------- warm up
+
+absl::Status Trial::WarmUp() {
+  if (warmup_ == nullptr) return CheckPreparation();
+  const std::vector<ServeRequest> requests = ScheduleOf(*warmup_);
+  const ServeSchedule schedule{.requests = requests,
+                               .copy_prompt = [this](size_t index, std::span<int32_t> prompt) {
+                                 warmup_->CopyPrompt(index, prompt);
+                               }};
+  // Real time even in a modelled trial: its clock starts with the measurement.
+  const ServeOptions options{
+      .clock = &RealClock::Get(),
+      .time_limit_ns = static_cast<int64_t>(request_.spec().limits().prepare()),
+      .cancel = context_.cancel,
+      .progress = [this](size_t done) { ReportProgress(done); }};
+  EnterPhase("warm up", requests.size());
+  RETURN_IF_ERROR(
+      ServeLoad(engine_.get(), schedule, options, [](RequestRow) { return true; }).status());
+  return CheckPreparation();
+}
+
+// ---------------------------------------------------------------------------------------- measure
+
+absl::Status Trial::Measure() {
+  EmitStart();
+  link_bytes_to_device_ = backend_->link_bytes_to_device();
+  link_bytes_to_host_ = backend_->link_bytes_to_host();
+  return is_quality() ? MeasureQuality() : MeasureLoad();
+}
+
+absl::Status Trial::MeasureLoad() {
+  const std::vector<ServeRequest> requests = ScheduleOf(*workload_);
+  const ServeSchedule schedule{
+      .requests = requests,
+      .copy_prompt = [this](size_t index,
+                            std::span<int32_t> prompt) { workload_->CopyPrompt(index, prompt); },
+      .open_loop = request_.spec().load().arrivals().process() == Arrivals::PROCESS_POISSON};
+  const ServeOptions options{
+      .clock = &clock(),
+      .modelled = modelled(),
+      .time_limit_ns = static_cast<int64_t>(request_.spec().limits().trial()),
+      .cancel = context_.cancel,
+      .progress = [this](size_t done) { ReportProgress(done); }};
+  EnterPhase("measure", requests.size());
+  ASSIGN_OR_RETURN(served_, ServeLoad(engine_.get(), schedule, options, [this](RequestRow row) {
+                     Record record = NewRecord();
+                     *record.mutable_request() = std::move(row);
+                     return context_.recorder->Offer(std::move(record));
+                   }));
+  outcome_.set_duration_ns(served_.duration_ns);
+  JudgeLoad();
+  return absl::OkStatus();
+}
+
+void Trial::JudgeLoad() {
+  const auto judge = [this](Outcome outcome, std::string evidence) {
+    outcome_.set_outcome(outcome);
+    outcome_.set_evidence(std::move(evidence));
+  };
+  const size_t total = workload_->requests().size();
+  const int32_t* waiting = served_.waiting_at_third;
+  switch (served_.end) {
+    case ServeResult::End::kCancelled:
+      return judge(OUTCOME_CANCELLED, absl::StrCat("cancelled with ", served_.completed, " of ",
+                                                   total, " requests served"));
+    case ServeResult::End::kSinkFull:
+      return judge(OUTCOME_RECORDER_OVERFLOW,
+                   absl::StrCat("the worker took records too slowly: ", limits::kRecorderRows,
+                                " wait, ", served_.completed, " of ", total, " requests served"));
+    case ServeResult::End::kTimeLimit:
+      return judge(OUTCOME_TIMEOUT,
+                   absl::StrCat(served_.completed, " of ", total, " requests served within ",
+                                request_.spec().limits().trial(), " ns; raise limits.trial"));
+    case ServeResult::End::kServedAll:
+      break;
+  }
+  if (served_.infeasible > 0) {
+    judge(OUTCOME_INFEASIBLE,
+          absl::StrCat(served_.infeasible, " of ", total, " requests can never fit ",
+                       request_.spec().kv().device_bytes(), " bytes on the device and ",
+                       request_.spec().kv().host_bytes(), " on the host"));
+  } else if (served_.queue_grows) {
+    judge(OUTCOME_UNSTABLE,
+          absl::StrCat("the queue kept growing: ", waiting[0], ", ", waiting[1], " and ",
+                       waiting[2], " requests waited when one third, two thirds and all of ", total,
+                       " had arrived"));
+  }
+}
+
+absl::Status Trial::MeasureQuality() {
+  const QualityOptions options{
+      .clock = &clock(),
+      .modelled = modelled(),
+      .time_limit_ns = static_cast<int64_t>(request_.spec().limits().trial()),
+      .cancel = context_.cancel,
+      .progress = [this](size_t done) { ReportProgress(done); }};
+  EnterPhase("measure", static_cast<uint64_t>(quality_.windows));
+  ASSIGN_OR_RETURN(scored_, ScoreText(reference_.get(), engine_.get(), quality_, side_by_side_,
+                                      options, [this](QualityRow row) {
+                                        Record record = NewRecord();
+                                        *record.mutable_quality() = std::move(row);
+                                        return context_.recorder->Offer(std::move(record));
+                                      }));
+  outcome_.set_duration_ns(scored_.duration_ns);
+  const auto judge = [this](Outcome outcome) {
+    outcome_.set_outcome(outcome);
+    outcome_.set_evidence(
+        absl::StrCat(progress_.done(), " of ", quality_.windows, " windows scored"));
+  };
+  if (scored_.end == QualityResult::End::kCancelled) judge(OUTCOME_CANCELLED);
+  if (scored_.end == QualityResult::End::kTimeLimit) judge(OUTCOME_TIMEOUT);
+  if (scored_.end == QualityResult::End::kSinkFull) judge(OUTCOME_RECORDER_OVERFLOW);
+  return absl::OkStatus();
+}
+
+// ------------------------------------------------------------------------------ drain, summarise
+
+absl::Status Trial::Drain() {
+  context_.recorder->Flush();
+  return absl::OkStatus();
+}
+
+absl::Status Trial::Summarise() {
+  if (is_quality()) {
+    EmitCounter(recorded::kSteps, -1, static_cast<double>(scored_.steps));
+    SummariseLayers(scored_.attended_by_layer, scored_.full_per_layer);
+  } else {
+    SummariseLoad();
+    SummariseLayers(served_.attended_by_layer, served_.full_per_layer);
+  }
+  for (const CacheStrategy::Figure& figure : engine_->strategy().Figures()) {
+    EmitCounter(figure.name, figure.layer, figure.value);
+  }
+  return absl::OkStatus();
+}
+
+void Trial::SummariseLoad() {
+  const auto count = [this](absl::string_view name, auto value) {
+    EmitCounter(name, -1, static_cast<double>(value));
+  };
+  count(recorded::kKvDeviceBytesPeak, served_.peak.device);
+  count(recorded::kKvHostBytesPeak, served_.peak.host);
+  count("kv_live_bytes_peak", served_.live_device_bytes_peak);
+  count(recorded::kKvBytesHostToDevice, backend_->link_bytes_to_device() - link_bytes_to_device_);
+  count(recorded::kKvBytesDeviceToHost, backend_->link_bytes_to_host() - link_bytes_to_host_);
+  count(recorded::kSteps, served_.steps);
+  count("captured_steps", served_.captured_steps);
+  count("prefill_tokens", served_.prefill_tokens);
+  count("decode_tokens", served_.decode_tokens);
+  count("preemptions", served_.preemptions);
+  count("recomputed_tokens", served_.recomputed_tokens);
+  for (const StepSample& sample : served_.samples) {
+    const auto point = [&](absl::string_view name, auto value) {
+      EmitSample(name, sample.time_ns, static_cast<double>(value));
+    };
+    point(recorded::kKvDeviceBytes, sample.reserved.device);
+    point(recorded::kKvLiveBytes, sample.live_device_bytes);
+    point(recorded::kKvHostBytes, sample.reserved.host);
+    point(recorded::kRunning, sample.running);
+    point(recorded::kWaiting, sample.waiting);
+    point(recorded::kStepNs, sample.step_ns);
+  }
+}
+
+// Attended fraction of each layer's decode steps.
+void Trial::SummariseLayers(std::span<const double> attended_by_layer, double full_per_layer) {
+  if (full_per_layer <= 0) return;
+  for (size_t layer = 0; layer < attended_by_layer.size(); ++layer) {
+    EmitCounter("attended_fraction", static_cast<int32_t>(layer),
+                attended_by_layer[layer] / full_per_layer);
+  }
+}
+
+// ---------------------------------------------------------------------------------------- records
+
+void Trial::EnterPhase(absl::string_view phase, uint64_t total) {
+  progress_.set_phase(std::string(phase));
+  progress_.set_done(0);
+  progress_.set_total(total);
+  context_.recorder->SetProgress(progress_);
+}
+
+void Trial::ReportProgress(uint64_t done) {
+  progress_.set_done(done);
+  context_.recorder->SetProgress(progress_);
+}
+
+// limits.prepare covers everything before the measurement.
+absl::Status Trial::CheckPreparation() const {
+  const int64_t elapsed_ns = RealClock::Get().NowNs() - begun_ns_;
+  const int64_t limit_ns = static_cast<int64_t>(request_.spec().limits().prepare());
+  if (elapsed_ns <= limit_ns) return absl::OkStatus();
+  return absl::DeadlineExceededError(absl::StrCat(
+      elapsed_ns, " ns of loading and preparing; limits.prepare is ", limit_ns, " ns"));
+}
+
+Record Trial::NewRecord() const {
+  Record record;
+  record.set_trial_id(request_.trial_id());
+  return record;
+}
+
+void Trial::EmitStart() {
+  started_ = true;
+  const TrialSpec& spec = request_.spec();
+  Record record = NewRecord();
+  TrialStart* start = record.mutable_start();
+  if (backend_ != nullptr) {
+    start->set_backend(backend_->info().backend);
+    start->set_device(backend_->info().device);
+    start->set_device_class(backend_->info().device_class);
+    start->set_driver(backend_->info().driver);
+  }
+  start->set_runner_build(GetBuildInfo().runner_digest);
+  start->set_method_version(kMethodVersion);
+  start->set_time_mode(is_modelled() ? absl::StrCat("modelled:", spec.engine().device_profile())
+                                     : "real");
+  start->set_started_unix_ns(RealClock::Get().UnixNs());
+  start->set_execution(request_.execution());
+  AddFacts(start);
+  context_.recorder->Put(std::move(record));
+}
+
+void Trial::AddFacts(TrialStart* start) const {
+  const TrialSpec& spec = request_.spec();
+  auto& facts = *start->mutable_facts();
+  const BuildInfo& build = GetBuildInfo();
+  facts["version"] = build.version;
+  facts["commit"] = build.commit;
+  facts["compiler"] = build.compiler;
+  facts["flags"] = build.flags;
+  facts["threads"] = absl::StrCat(context_.device->OptionsOf(spec.engine()).threads);
+  facts["stream_seed"] = absl::StrCat(spec.engine().stream_seed());
+  facts["batch_invariant"] = YesNo(spec.engine().batch_invariant());
+  facts["graphs"] = YesNo(spec.engine().graphs());
+  if (engine_ == nullptr) return;
+  const EngineOptions& options = engine_->options();
+  const uint64_t token_bytes =
+      static_cast<uint64_t>(model_->config().KvBytesPerToken(options.kv_dtype));
+  facts["kv_dtype"] = DTypeName(options.kv_dtype);
+  facts["kv_bytes_per_token"] = absl::StrCat(token_bytes);
+  facts["device_budget_tokens"] = absl::StrCat(options.device_bytes / token_bytes);
+  facts["fixed_device_bytes"] = absl::StrCat(engine_->manager().FixedBytes().device);
+  facts["fixed_host_bytes"] = absl::StrCat(engine_->manager().FixedBytes().host);
+  facts["max_context"] = absl::StrCat(options.max_context);
+  facts["chunk_alignment"] = absl::StrCat(engine_->chunk_alignment());
+  facts["max_batched_tokens"] = absl::StrCat(options.max_batched_tokens);
+  const int32_t prompt = is_quality() ? quality_.prefill : options.max_context - 1;
+  const int32_t budget = engine_->strategy().TokenBudget({prompt, options.max_context - prompt});
+  facts["token_budget"] = budget < 0 ? "all" : absl::StrCat(budget);
+  facts["engagement_rule"] = engine_->strategy().engagement_rule().text;
+  if (is_quality()) facts["windows_side_by_side"] = absl::StrCat(side_by_side_);
+}
+
+void Trial::EmitCounter(absl::string_view name, int32_t layer, double value) {
+  Record record = NewRecord();
+  Counter* counter = record.mutable_counter();
+  counter->set_name(std::string(name));
+  counter->set_layer(layer);
+  counter->set_value(value);
+  context_.recorder->Put(std::move(record));
+}
+
+void Trial::EmitSample(absl::string_view name, int64_t time_ns, double value) {
+  Record record = NewRecord();
+  Sample* sample = record.mutable_sample();
+  sample->set_name(std::string(name));
+  sample->set_time_ns(time_ns);
+  sample->set_value(value);
+  context_.recorder->Put(std::move(record));
+}
+
+void Trial::EmitOutcome() {
+  Record record = NewRecord();
+  *record.mutable_outcome() = std::move(outcome_);
+  context_.recorder->Put(std::move(record));
+}
+
+}  // namespace kvsweep

@@ -1,0 +1,110 @@
+// One trial, phase by phase: check, load, prepare, warm up, measure, drain, summarise. Whatever
+// happens, its records begin with a TrialStart and end with a TrialOutcome that says how it went.
+#ifndef KVSWEEP_WORKER_RUNNER_TRIAL_H_
+#define KVSWEEP_WORKER_RUNNER_TRIAL_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "base/clock.h"
+#include "experiments/workload.h"
+#include "proto/runner.pb.h"
+#include "worker/engine/engine.h"
+#include "worker/engine/quality.h"
+#include "worker/engine/serve.h"
+#include "worker/runner/input_cache.h"
+#include "worker/runner/recorder.h"
+#include "worker/runner/warm_device.h"
+
+namespace kvsweep {
+
+// What a trial runs in; all of it outlives the trial.
+struct TrialContext {
+  WarmDevice* device = nullptr;
+  InputCache* inputs = nullptr;
+  Recorder* recorder = nullptr;
+  const std::atomic<bool>* cancel = nullptr;
+};
+
+// How an error of a phase is told: memory is `oom` with the two figures that the message names
+// ("asked N", "available N"), what was asked for and cannot be is `infeasible`, a deadline is
+// `timeout`, the rest (a failed operation of the backend) `crashed`.
+TrialOutcome OutcomeOfError(const absl::Status& status);
+
+// Runs one trial on the calling thread. Records go to the recorder; the caller calls Finish.
+class Trial {
+ public:
+  Trial(const RunTrial& request, const TrialContext& context);
+
+  void Run();
+
+ private:
+  // The phases. An error ends the trial with OutcomeOfError; a verdict that is no error is set in
+  // outcome_.
+  absl::Status Check();
+  absl::Status Load();
+  absl::Status Prepare();
+  absl::Status WarmUp();
+  absl::Status Measure();
+  absl::Status Drain();
+  absl::Status Summarise();
+
+  bool is_quality() const { return request_.spec().kind() == TrialSpec::KIND_QUALITY; }
+  bool is_modelled() const { return request_.spec().engine().time() == Engine::TIME_MODELLED; }
+  Clock& clock() { return is_modelled() ? static_cast<Clock&>(modelled_clock_) : RealClock::Get(); }
+  SimulatedClock* modelled() { return is_modelled() ? &modelled_clock_ : nullptr; }
+
+  absl::Status LoadWorkload();
+  absl::Status LoadQualityTask();
+  absl::Status LoadCalibration();
+  EngineOptions ArmOptions() const;
+  absl::Status MeasureLoad();
+  absl::Status MeasureQuality();
+  void JudgeLoad();
+  void SummariseLoad();
+  void SummariseLayers(std::span<const double> attended_by_layer, double full_per_layer);
+
+  void EnterPhase(absl::string_view phase, uint64_t total);
+  absl::Status CheckPreparation() const;
+  void ReportProgress(uint64_t done);
+  Record NewRecord() const;
+  void EmitStart();
+  void EmitCounter(absl::string_view name, int32_t layer, double value);
+  void EmitSample(absl::string_view name, int64_t time_ns, double value);
+  void EmitOutcome();
+  void AddFacts(TrialStart* start) const;
+
+  const RunTrial& request_;
+  const TrialContext& context_;
+  SimulatedClock modelled_clock_;
+  int64_t begun_ns_ = 0;  // real time
+  Progress progress_;
+
+  Backend* backend_ = nullptr;
+  const LoadedModel* model_ = nullptr;
+  std::vector<int32_t> calibration_;
+  std::unique_ptr<Workload> workload_;
+  std::unique_ptr<Workload> warmup_;
+  QualityTask quality_;
+  int32_t side_by_side_ = 0;
+  DType kv_dtype_ = DType::kF32;
+  std::unique_ptr<InferenceEngine> engine_;
+  std::unique_ptr<InferenceEngine> reference_;  // of a quality trial
+
+  uint64_t link_bytes_to_device_ = 0;  // before the measurement
+  uint64_t link_bytes_to_host_ = 0;
+  ServeResult served_;
+  QualityResult scored_;
+  bool started_ = false;
+  TrialOutcome outcome_;
+};
+
+}  // namespace kvsweep
+
+#endif  // KVSWEEP_WORKER_RUNNER_TRIAL_H_
