@@ -177,7 +177,8 @@ double CpuBackend::Execute(const cpu::Operation& operation) {
   total_cost_ += cost.cost;
   (cost.link_to_host ? link_bytes_to_host_ : link_bytes_to_device_) +=
       static_cast<uint64_t>(cost.cost.link_bytes);
-  return options_.modelled.has_value() ? DurationNs(cost.cost, *options_.modelled) : 0;
+  // Whole nanoseconds: then sums are exact, and a step lasts as long whatever ran before it.
+  return options_.modelled.has_value() ? std::round(DurationNs(cost.cost, *options_.modelled)) : 0;
 }
 
 absl::Status CpuBackend::TakeError() {
