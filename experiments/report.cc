@@ -313,11 +313,12 @@ std::vector<std::string> GeneralNotes(const ReportInput& input, const Comparison
     notes.push_back(
         absl::StrCat("partial: ", finished, " of ", input.rounds_planned, " rounds have results"));
   }
-  notes.push_back(absl::StrCat(
-      "± is the half width of the ", FormatNumber(100 * confidence),
-      " % t interval over repeats; the second line is the difference to ", comparison.reference,
-      " within the same round, in % of it. No verdict where that interval holds 0. Each interval "
-      "stands alone: among many, some miss."));
+  notes.push_back(absl::StrCat("± is half the width of the ", FormatNumber(100 * confidence),
+                               " % t interval over repeats; differences are to ",
+                               comparison.reference, " in the same round, in % of it."));
+  notes.push_back(
+      "No verdict where the interval of the difference holds 0. Intervals stand alone: of many, "
+      "some miss.");
   bool cpu = false;
   bool modelled = false;
   for (const ComparedCell& cell : comparison.cells) {

@@ -1,4 +1,4 @@
-// A comparison as table, markdown, JSON and CSV; a trial as vLLM's console block and flat JSON.
+// A comparison as table, markdown, JSON and CSV.
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -57,21 +57,40 @@ absl::string_view VerdictName(Verdict verdict) {
   return "";
 }
 
-// "-85% ±4 better"; empty when there is nothing to say.
+// The verdict as one character: a column holds four such differences.
+absl::string_view VerdictMark(Verdict verdict) {
+  switch (verdict) {
+    case Verdict::kBetter:
+      return "✓";
+    case Verdict::kWorse:
+      return "✗";
+    case Verdict::kCannotTell:
+      return "~";
+    default:
+      return "";
+  }
+}
+
+// "-85.2% ±4.0", or "=" without any difference; empty when there is nothing to say.
 std::string FormatDifference(const ComparedMetric& metric) {
   if (!metric.difference || FindMetric(metric.name)->direction == Direction::kNeutral) return "";
-  std::string text;
-  if (metric.relative) {
-    absl::StrAppendFormat(&text, "%+.1f%%", 100 * *metric.relative);
-    if (metric.relative_half_width) {
-      absl::StrAppend(&text, " ±", Significant(100 * *metric.relative_half_width, 2));
-    }
-  } else {
-    text = absl::StrCat(metric.difference->mean > 0 ? "+" : "",
-                        Significant(metric.difference->mean, 3));
+  if (metric.difference->mean == 0 && metric.difference->half_width.value_or(0) == 0) return "=";
+  if (!metric.relative) {
+    const absl::string_view sign = metric.difference->mean > 0 ? "+" : "";
+    return absl::StrCat(sign, Significant(metric.difference->mean, 3));
   }
-  const absl::string_view verdict = VerdictName(metric.verdict);
-  return absl::StrCat(text, verdict.empty() ? "" : " ", verdict);
+  std::string text = absl::StrFormat("%+.1f%%", 100 * *metric.relative);
+  if (metric.relative_half_width) {
+    absl::StrAppend(&text, " ±", Significant(100 * *metric.relative_half_width, 2));
+  }
+  return text;
+}
+
+// A difference and what it means, in words or as a mark.
+std::string WithVerdict(const ComparedMetric& metric, absl::string_view verdict) {
+  const std::string difference = FormatDifference(metric);
+  const bool plain = difference.empty() || difference == "=" || verdict.empty();
+  return plain ? difference : absl::StrCat(difference, " ", verdict);
 }
 
 std::string UnitOf(const std::string& metric) {
@@ -199,7 +218,7 @@ std::string FormatCellTable(const ComparedCell& cell, const std::vector<std::str
     std::vector<std::string> differences = {"", ""};
     for (const ComparedMetric& metric : arm.metrics) {
       values.push_back(ValueText(metric));
-      differences.push_back(FormatDifference(metric));
+      differences.push_back(WithVerdict(metric, VerdictMark(metric.verdict)));
     }
     values.push_back(OptionalText(arm.attended_fraction, 3));
     values.push_back(arm.engagement == "engaged" ? "yes" : arm.engagement);
@@ -279,7 +298,8 @@ std::string FormatTable(const Comparison& comparison) {
       }
     }
   }
-  absl::StrAppend(&text, "\n");
+  absl::StrAppend(&text, "\n✓ better than ", comparison.reference,
+                  ", ✗ worse, ~ cannot tell, = the same\n");
   for (const std::string& note : comparison.notes) absl::StrAppend(&text, note, "\n");
   return text;
 }
@@ -317,7 +337,7 @@ std::string FormatMarkdown(const Comparison& comparison) {
     for (const ComparedArm& arm : cell.arms) {
       std::vector<std::string> row = {arm.arm, absl::StrCat(arm.repeats)};
       for (const ComparedMetric& metric : arm.metrics) {
-        const std::string difference = FormatDifference(metric);
+        const std::string difference = WithVerdict(metric, VerdictName(metric.verdict));
         row.push_back(absl::StrCat(ValueText(metric),
                                    difference.empty() ? "" : absl::StrCat(" (", difference, ")")));
       }
@@ -480,69 +500,6 @@ std::string FormatJson(const Comparison& comparison) {
   return Dump(json);
 }
 
-// ---------------------------------------------------------------------------------- vLLM's block
-
-constexpr size_t kBlockWidth = 50;
-
-std::string Centred(absl::string_view title, char fill) {
-  const size_t width = Width(title);
-  const size_t padding = width < kBlockWidth ? kBlockWidth - width : 0;
-  return absl::StrCat(std::string(padding / 2, fill), title,
-                      std::string(padding - padding / 2, fill), "\n");
-}
-
-// A line of the block: its label as vLLM prints it, and our name. An empty name is a heading.
-struct BlockLine {
-  absl::string_view label;
-  absl::string_view metric;
-};
-
-constexpr BlockLine kBlock[] = {
-    {"Successful requests:", "completed"},
-    {"Failed requests:", "failed"},
-    {"Benchmark duration (s):", "duration_s"},
-    {"Total input tokens:", "total_input_tokens"},
-    {"Total generated tokens:", "total_output_tokens"},
-    {"Request throughput (req/s):", "request_throughput"},
-    {"Request goodput (req/s):", "request_goodput"},
-    {"Output token throughput (tok/s):", "output_throughput"},
-    {"Peak output token throughput (tok/s):", "max_output_tokens_per_s"},
-    {"Peak concurrent requests:", "max_concurrent_requests"},
-    {"Total token throughput (tok/s):", "total_token_throughput"},
-    {"Time to First Token", ""},
-    {"Mean TTFT (ms):", "mean_ttft_ms"},
-    {"Median TTFT (ms):", "median_ttft_ms"},
-    {"P99 TTFT (ms):", "p99_ttft_ms"},
-    {"Time per Output Token (excl. 1st token)", ""},
-    {"Mean TPOT (ms):", "mean_tpot_ms"},
-    {"Median TPOT (ms):", "median_tpot_ms"},
-    {"P99 TPOT (ms):", "p99_tpot_ms"},
-    {"Inter-token Latency", ""},
-    {"Mean ITL (ms):", "mean_itl_ms"},
-    {"Median ITL (ms):", "median_itl_ms"},
-    {"P99 ITL (ms):", "p99_itl_ms"},
-    {"End-to-end Latency", ""},
-    {"Mean E2EL (ms):", "mean_e2el_ms"},
-    {"Median E2EL (ms):", "median_e2el_ms"},
-    {"P99 E2EL (ms):", "p99_e2el_ms"},
-    {"KV cache", ""},
-    {"Peak device bytes:", "kv_device_bytes_peak"},
-    {"Peak host bytes:", "kv_host_bytes_peak"},
-    {"Attended fraction:", "attended_fraction"},
-    {"Preemptions:", "preemptions"},
-    {"Tokens evicted:", "kv_tokens_evicted"},
-    {"Entries fetched:", "kv_entries_fetched"},
-};
-
-std::string BlockValue(const SummaryMetric& metric) {
-  if (!metric.value) return absl::StrCat("n/a (", metric.reason, ")");
-  const bool whole = *metric.value == std::floor(*metric.value) && std::abs(*metric.value) < 1e15;
-  const std::string unit = UnitOf(metric.name);
-  const bool counts = unit.empty() || unit == "tokens" || unit == "bytes" || unit == "entries";
-  return whole && counts ? absl::StrCat(static_cast<int64_t>(*metric.value))
-                         : absl::StrFormat(unit.empty() ? "%.4f" : "%.2f", *metric.value);
-}
-
 }  // namespace
 
 absl::StatusOr<ReportFormat> ParseReportFormat(absl::string_view name) {
@@ -566,26 +523,6 @@ std::string FormatComparison(const Comparison& comparison, ReportFormat format) 
       return FormatCsv(comparison);
   }
   return "";
-}
-
-std::string FormatTrialBlock(absl::string_view title, const std::vector<SummaryMetric>& metrics) {
-  std::string text = Centred(absl::StrCat(" ", title, " "), '=');
-  for (const BlockLine& line : kBlock) {
-    if (line.metric.empty()) {
-      absl::StrAppend(&text, Centred(line.label, '-'));
-      continue;
-    }
-    const auto found =
-        std::find_if(metrics.begin(), metrics.end(),
-                     [&](const SummaryMetric& metric) { return metric.name == line.metric; });
-    if (found == metrics.end()) continue;
-    absl::StrAppendFormat(&text, "%-40s %s\n", line.label, BlockValue(*found));
-  }
-  return text + std::string(kBlockWidth, '=') + "\n";
-}
-
-std::string FormatTrialJson(const std::vector<SummaryMetric>& metrics) {
-  return Dump(ToJson(metrics));
 }
 
 }  // namespace kvsweep

@@ -1,5 +1,6 @@
 #include "experiments/report.h"
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -202,22 +203,47 @@ TEST_F(ReportTest, UnknownMetricsAreRefusedWithTheNearestName) {
 }
 
 TEST_F(ReportTest, TableIsAlignedAndFitsATerminal) {
-  const std::string table = Table();
-  EXPECT_EQ(table,
+  EXPECT_EQ(Table(),
             "quickstart · model books · reference paged\n"
             "\n"
             "rate=4/s   [cpu · Xeon · time: real]\n"
-            "  arm     n                mean_ttft       output  attended  engaged\n"
-            "                                      throughput  fraction\n"
-            "                                (ms)      (tok/s)\n")
-      << table;
+            "                                output\n"
+            "                 mean_ttft  throughput  attended\n"
+            "  arm     n           (ms)     (tok/s)  fraction  engaged\n"
+            "  paged   3      1167 ±517     50.0 ±0      1.00        -\n"
+            "  h2o-20  3      1068 ±518     50.0 ±0     0.200      yes\n"
+            "             -8.5% ±0.21 ✓           =\n"
+            "\n"
+            "✓ better than paged, ✗ worse, ~ cannot tell, = the same\n"
+            "± is half the width of the 95 % t interval over repeats; differences are to paged in "
+            "the same round, in % of it.\n"
+            "No verdict where the interval of the difference holds 0. Intervals stand alone: of "
+            "many, some miss.\n"
+            "Timings of the CPU backend say nothing about a GPU.\n");
+}
+
+// What `compare` prints by default must fit: four differences, three counts, quality beside them.
+TEST_F(ReportTest, DefaultTableFitsAWideTerminal) {
+  for (TrialResult& trial : input_.trials) {
+    trial.metrics = {};
+    for (const std::string& name : DefaultMetrics()) {
+      trial.metrics.push_back({name, 12345.6 + trial.arm * 777 + trial.repeat * 33, ""});
+    }
+    trial.quality_key = "key";
+  }
+  const std::vector<std::string> lines =
+      absl::StrSplit(FormatComparison(Compared(DefaultMetrics()), ReportFormat::kTable), '\n');
+  for (const std::string& line : lines) {
+    const auto is_start = [](char c) { return (static_cast<uint8_t>(c) & 0xC0) != 0x80; };
+    EXPECT_LE(std::count_if(line.begin(), line.end(), is_start), 160) << line;
+  }
 }
 
 TEST_F(ReportTest, MarkdownHasOneTableForEachCell) {
   const std::string text = FormatComparison(Compared(), ReportFormat::kMarkdown);
   EXPECT_THAT(text, HasSubstr("## rate=4/s\n\ncpu · Xeon · time: real\n\n| arm | n | mean_ttft_ms "
                               "| output_throughput (tok/s) |"));
-  EXPECT_THAT(text, HasSubstr("| h2o-20 | 3 | 1068 ±520 (-8.5% ±0.21 better) |"));
+  EXPECT_THAT(text, HasSubstr("| h2o-20 | 3 | 1068 ±518 (-8.5% ±0.21 better) |"));
 }
 
 TEST_F(ReportTest, CsvHasOneLineForEachFigure) {
