@@ -115,7 +115,8 @@ absl::StatusOr<std::vector<AcceptedRound>> FindAnswers(const PlannedRound& plann
     query.content_keys.push_back(trial.content_key());
   }
   query.method_version = kMethodVersion;
-  query.device_classes = rules.device_classes;
+  // Modelled numbers come from the profile that the content key names, not from the worker's device.
+  if (!RequirementOf(planned.spec).modelled_time) query.device_classes = rules.device_classes;
   if (rules.any_build) return reader.FindAccepted(query);
   for (const std::string& build : rules.runner_builds) {
     query.runner_build = build;

@@ -239,6 +239,7 @@ size_t SetField(const TableCell& value, TableValue* field) {
 std::vector<TableReply> TableToWire(const Table& table) {
   std::vector<TableReply> messages(1);
   for (const std::string& column : table.columns) messages.back().add_columns(column);
+  messages.back().set_truncated(table.truncated);
   size_t bytes = messages.back().ByteSizeLong();
   for (const std::vector<TableCell>& values : table.rows) {
     TableRow row;
