@@ -24,6 +24,16 @@ void AddColumns(const ColumnSumArgs& args, int64_t kv_head, int64_t first, Works
   KeyRange{.view = &args.keys, .row = args.table_row, .head = kv_head, .stored = end}.Load(
       key, nullptr, first, columns, d);
 
+  const auto score = [&](int64_t column) -> float& {
+    return static_cast<float*>(
+        args.score.data)[SlotOffset(args.score, args.table_row, column, kv_head)];
+  };
+  // The chunk's own columns have received nothing before.
+  for (int64_t column = std::max<int64_t>(first, args.history_tokens); column < first + columns;
+       ++column) {
+    score(column) = 0.0f;
+  }
+
   // Rows before the tile's first column do not see it; positions are absolute.
   const int64_t first_row = std::max<int64_t>(first, args.history_tokens);
   for (int64_t tile = first_row / kColumnSumRows * kColumnSumRows; tile < end;
@@ -45,10 +55,7 @@ void AddColumns(const ColumnSumArgs& args, int64_t kv_head, int64_t first, Works
         for (int t = 0; t < visible; ++t) sum[t] += weight[t];
       }
     }
-    for (int t = 0; t < columns; ++t) {
-      static_cast<float*>(
-          args.score.data)[SlotOffset(args.score, args.table_row, first + t, kv_head)] += sum[t];
-    }
+    for (int t = 0; t < columns; ++t) score(first + t) += sum[t];
   }
 }
 

@@ -91,13 +91,15 @@ void Prune(const HeadSlots& slots, Workspace& workspace) {
 }  // namespace
 
 absl::Status Run(const PruneHeavyArgs& args, Context& context) {
-  if (args.tokens <= int64_t{args.heavy} + args.recent) return absl::OkStatus();
   RETURN_IF_ERROR(CheckSlots("view", args.view, args.table_row, args.tokens));
   RETURN_IF_ERROR(CheckSlots("score", args.score, args.table_row, args.tokens));
   RETURN_IF_ERROR(CheckSlots("position", args.position, args.table_row, args.tokens));
   context.pool.For(args.kv_heads, [&](int64_t head, int worker) {
+    const HeadSlots slots{args, head};
+    for (int32_t slot = 0; slot < args.tokens; ++slot) slots.position(slot) = slot;
+    if (args.tokens <= int64_t{args.heavy} + args.recent) return;
     context.worker[worker].Reset(WorkspaceBytes(args));
-    Prune(HeadSlots{args, head}, context.worker[worker]);
+    Prune(slots, context.worker[worker]);
   });
   return absl::OkStatus();
 }

@@ -291,6 +291,8 @@ void InferenceEngine::FillLogitRows(const StepView& view) {
 absl::StatusOr<StepResult> InferenceEngine::Execute(const StepPlan& plan) {
   KVSWEEP_CHECK(!plan.empty());
   view_ = MakeView(plan);
+  const uint64_t to_device = backend_->link_bytes_to_device() + step_state_->device_bytes();
+  const uint64_t to_host = backend_->link_bytes_to_host() + ReadbackBytes(view_);
   RETURN_IF_ERROR(step_state_->Begin());
   FillStepState(view_);
   strategy_->BeginStep(view_);
@@ -308,6 +310,8 @@ absl::StatusOr<StepResult> InferenceEngine::Execute(const StepPlan& plan) {
     result.logits = {buffers_.logits_host, static_cast<size_t>(LogitRows(view_)) *
                                                static_cast<size_t>(config().vocabulary)};
   }
+  result.kv_bytes_to_device = backend_->link_bytes_to_device() - to_device;
+  result.kv_bytes_to_host = backend_->link_bytes_to_host() - to_host;
   const int64_t modelled_ns = backend_->modelled_ns();
   result.modelled_ns = modelled_ns - modelled_ns_;
   modelled_ns_ = modelled_ns;
@@ -354,6 +358,14 @@ NormArgs NormOf(const NormWeights& weights, const ModelConfig& config, const Act
           .epsilon = static_cast<float>(config.norm_epsilon),
           .rows = rows,
           .columns = config.hidden_size};
+}
+
+uint64_t SampledBytes(const EngineOptions& options) {
+  return sizeof(int32_t) * static_cast<uint64_t>(options.max_sequences);
+}
+
+uint64_t LogitBytes(int32_t rows, const ModelConfig& config) {
+  return sizeof(float) * static_cast<uint64_t>(rows) * static_cast<uint64_t>(config.vocabulary);
 }
 
 GemmArgs ProductOf(const LinearWeights& weights, const Activations& out, const Activations& in,
@@ -457,14 +469,17 @@ void InferenceEngine::EnqueueLogits(const StepView& view) {
                     .rows = rows,
                     .columns = config.vocabulary},
                    Stream::kCompute);
-  backend_->Copy(buffers_.sampled_host, buffers_.sampled,
-                 sizeof(int32_t) * static_cast<uint64_t>(options_.max_sequences), Stream::kCompute);
+  backend_->Copy(buffers_.sampled_host, buffers_.sampled, SampledBytes(options_), Stream::kCompute);
   if (options_.logits != LogitsMode::kNone) {
-    backend_->Copy(
-        buffers_.logits_host, buffers_.logits.data,
-        sizeof(float) * static_cast<uint64_t>(rows) * static_cast<uint64_t>(config.vocabulary),
-        Stream::kCompute);
+    backend_->Copy(buffers_.logits_host, buffers_.logits.data, LogitBytes(rows, config),
+                   Stream::kCompute);
   }
+}
+
+uint64_t InferenceEngine::ReadbackBytes(const StepView& view) const {
+  const uint64_t logits =
+      options_.logits == LogitsMode::kNone ? 0 : LogitBytes(LogitRows(view), config());
+  return SampledBytes(options_) + logits;
 }
 
 }  // namespace kvsweep

@@ -87,7 +87,11 @@ struct StepResult {
   std::span<const float>
       logits;               // [logit rows, V] by LogitsMode: decode rows, then the prefill rows
   int64_t modelled_ns = 0;  // of this step, in modelled time
-  bool captured = false;    // a graph was captured or replayed
+  // What the cache moved over the host link in this step; the step state's arrays, sampled tokens
+  // and logits are not counted.
+  uint64_t kv_bytes_to_device = 0;
+  uint64_t kv_bytes_to_host = 0;
+  bool captured = false;  // a graph was captured or replayed
 };
 
 class InferenceEngine {
@@ -179,6 +183,7 @@ class InferenceEngine {
   void EnqueueLogits(const StepView& view);
   absl::Status LaunchCaptured(const StepView& view);
   void ReadSampled(const StepPlan& plan);
+  uint64_t ReadbackBytes(const StepView& view) const;
 
   Backend* backend_;
   const LoadedModel* model_;

@@ -203,27 +203,23 @@ class MissingWaitBackend : public CpuBackend {
   Stream stream_;
 };
 
-// Passes the lengths that attention reads as they were when the call was made: right in an eager
-// step, baked into a graph.
+// Passes lengths and positions as they were when the call was made: right in an eager step, baked
+// into a graph.
 class BakedScalarBackend : public CpuBackend {
  public:
   using CpuBackend::CpuBackend;
   void DecodeAttention(const DecodeAttentionArgs& args, Stream stream) override {
     DecodeAttentionArgs baked = args;
-    if (args.view.length != nullptr && args.view.length_head_stride == 0) {
-      KVSWEEP_CHECK_OK(WaitAllUnlessCapturing());
-      absl::StatusOr<std::byte*> copy =
-          Allocate(Tier::kDevice, sizeof(int32_t) * static_cast<uint64_t>(args.rows));
-      KVSWEEP_CHECK_OK(copy);
-      auto* length = reinterpret_cast<int32_t*>(*copy);
-      std::copy_n(args.view.length, args.rows, length);
-      baked.view.length = length;
-    }
+    baked.view.length = Bake(args.view.length, args.rows);
     CpuBackend::DecodeAttention(baked, stream);
   }
+  void EvictHeavy(const EvictHeavyArgs& args, Stream stream) override {
+    EvictHeavyArgs baked = args;
+    baked.position = Bake(args.position, args.rows);
+    CpuBackend::EvictHeavy(baked, stream);
+  }
   void BeginCapture() override {
-    // What the host has enqueued so far, the step state's copy above all, is what the mistaken host
-    // thinks it captures.
+    // The step state's copy is enqueued; now it has arrived, and its values are there to be baked.
     KVSWEEP_CHECK_OK(WaitAll());
     capturing_ = true;
     CpuBackend::BeginCapture();
@@ -234,7 +230,15 @@ class BakedScalarBackend : public CpuBackend {
   }
 
  private:
-  absl::Status WaitAllUnlessCapturing() { return capturing_ ? absl::OkStatus() : WaitAll(); }
+  const int32_t* Bake(const int32_t* values, int32_t count) {
+    if (!capturing_) KVSWEEP_CHECK_OK(WaitAll());
+    absl::StatusOr<std::byte*> copy =
+        Allocate(Tier::kDevice, sizeof(int32_t) * static_cast<uint64_t>(count));
+    KVSWEEP_CHECK_OK(copy);
+    auto* baked = reinterpret_cast<int32_t*>(*copy);
+    std::copy_n(values, count, baked);
+    return baked;
+  }
   bool capturing_ = false;
 };
 
@@ -248,9 +252,9 @@ Tokens RunOn(Backend* backend, const Arm& arm) {
   const auto model = LoadModel(backend, "stories260K");
   Random random(51);
   const std::vector<int32_t> calibration = RandomIds(random, 256, 512);
-  const std::vector<TestRequest> requests = RandomRequests(random, 3, 512, 60, 16);
+  const std::vector<TestRequest> requests = RandomRequests(random, 3, 512, 60, 60);
   absl::StatusOr<TestRun> run =
-      RunRequests(backend, *model, arm, SmallEngine(96), requests, calibration);
+      RunRequests(backend, *model, arm, SmallEngine(128), requests, calibration);
   if (!run.ok()) return {.failed = true};
   return {.outputs = run->outputs};
 }
