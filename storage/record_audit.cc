@@ -75,6 +75,16 @@ absl::Status CheckBody(const Record& record) {
   return Broken("has no body that this version knows");
 }
 
+// Fields of a later version survive parsing, but have no column.
+bool HasUnknownFields(const Record& record) {
+  const google::protobuf::Reflection& reflection = *record.GetReflection();
+  const google::protobuf::FieldDescriptor* kind =
+      reflection.GetOneofFieldDescriptor(record, Record::descriptor()->oneof_decl(0));
+  const google::protobuf::Message& body = reflection.GetMessage(record, kind);
+  return !reflection.GetUnknownFields(record).empty() ||
+         !body.GetReflection()->GetUnknownFields(body).empty();
+}
+
 // Whether serialising `record` gives `bytes` again.
 bool IsDeterministicForm(absl::string_view bytes, const Record& record) {
   if (record.ByteSizeLong() != bytes.size()) return false;
@@ -102,8 +112,9 @@ absl::Status ParseRecord(absl::string_view bytes, Record* record) {
   if (record->trial_id() > uint64_t{std::numeric_limits<int64_t>::max()}) {
     return Broken("has a trial id above 2^63 - 1");
   }
+  if (HasUnknownFields(*record)) return Broken("has fields that this version does not know");
   if (!IsDeterministicForm(bytes, *record)) {
-    return Broken("is not in protobuf's deterministic form, or has unknown fields");
+    return Broken("is not in protobuf's deterministic form");
   }
   return absl::OkStatus();
 }
