@@ -181,6 +181,8 @@ class Server {
     const int64_t end_ns = NowNs();
     ++result_.steps;
     result_.captured_steps += step.captured;
+    result_.kv_bytes_to_device += step.kv_bytes_to_device;
+    result_.kv_bytes_to_host += step.kv_bytes_to_host;
     BookDecodes(plan);
     Sample(begin_ns, end_ns);
     BookTokens(batcher_.Complete(), end_ns);

@@ -81,6 +81,8 @@ struct ServeResult {
 
   int64_t steps = 0;
   int64_t captured_steps = 0;
+  uint64_t kv_bytes_to_device = 0;  // over the host link, by the cache
+  uint64_t kv_bytes_to_host = 0;
   int64_t prefill_tokens = 0;  // computed, those computed again included
   int64_t decode_tokens = 0;
   int64_t preemptions = 0;

@@ -8,6 +8,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "base/check.h"
 #include "base/limits.h"
 #include "base/random.h"
 #include "base/status_macros.h"
@@ -312,9 +313,13 @@ absl::Status Trial::WarmUp() {
 
 absl::Status Trial::Measure() {
   EmitStart();
-  link_bytes_to_device_ = backend_->link_bytes_to_device();
-  link_bytes_to_host_ = backend_->link_bytes_to_host();
-  return is_quality() ? MeasureQuality() : MeasureLoad();
+  const uint64_t device_bytes = backend_->allocated_bytes(Tier::kDevice);
+  const uint64_t host_bytes = backend_->allocated_bytes(Tier::kHost);
+  RETURN_IF_ERROR(is_quality() ? MeasureQuality() : MeasureLoad());
+  // All memory was taken before the measurement.
+  KVSWEEP_CHECK_EQ(backend_->allocated_bytes(Tier::kDevice), device_bytes);
+  KVSWEEP_CHECK_EQ(backend_->allocated_bytes(Tier::kHost), host_bytes);
+  return absl::OkStatus();
 }
 
 absl::Status Trial::MeasureLoad() {
@@ -430,8 +435,8 @@ void Trial::SummariseLoad() {
   count(recorded::kKvDeviceBytesPeak, served_.peak.device);
   count(recorded::kKvHostBytesPeak, served_.peak.host);
   count("kv_live_bytes_peak", served_.live_device_bytes_peak);
-  count(recorded::kKvBytesHostToDevice, backend_->link_bytes_to_device() - link_bytes_to_device_);
-  count(recorded::kKvBytesDeviceToHost, backend_->link_bytes_to_host() - link_bytes_to_host_);
+  count(recorded::kKvBytesHostToDevice, served_.kv_bytes_to_device);
+  count(recorded::kKvBytesDeviceToHost, served_.kv_bytes_to_host);
   count(recorded::kSteps, served_.steps);
   count("captured_steps", served_.captured_steps);
   count("prefill_tokens", served_.prefill_tokens);

@@ -97,8 +97,6 @@ class Trial {
   std::unique_ptr<InferenceEngine> engine_;
   std::unique_ptr<InferenceEngine> reference_;  // of a quality trial
 
-  uint64_t link_bytes_to_device_ = 0;  // before the measurement
-  uint64_t link_bytes_to_host_ = 0;
   ServeResult served_;
   QualityResult scored_;
   bool started_ = false;
