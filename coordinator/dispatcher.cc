@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "base/version.h"
+#include "coordinator/persistence.h"
 #include "coordinator/wire.h"
 
 namespace kvsweep {
@@ -26,28 +27,6 @@ constexpr size_t kWatchMessages = 100;                // kept for a watcher that
 constexpr char kIncarnationKey[] = "coordinator_incarnation";
 
 std::string DrainedKey(const WorkerId& worker) { return absl::StrCat("drained:", worker.value()); }
-
-std::array<uint64_t, 5> EndedOf(const QueuedExperiment& experiment) {
-  std::array<uint64_t, 5> ended{};
-  ended[static_cast<size_t>(RoundEnd::kAccepted)] = experiment.rounds_done;
-  ended[static_cast<size_t>(RoundEnd::kServed)] = experiment.rounds_served;
-  ended[static_cast<size_t>(RoundEnd::kFailed)] = experiment.rounds_failed;
-  ended[static_cast<size_t>(RoundEnd::kPoisoned)] = experiment.rounds_poisoned;
-  ended[static_cast<size_t>(RoundEnd::kCancelled)] = experiment.rounds_cancelled;
-  return ended;
-}
-
-RoundRequirement RequirementOf(const QueuedRound& round, const QueuedExperiment& experiment,
-                               bool model_travels) {
-  return {.devices = std::max(1u, round.devices),
-          .backend = round.backend,
-          .device_class = {},
-          .model_digest = experiment.model_digest,
-          .model_travels = model_travels,
-          .model_name = experiment.model_name,
-          .uses_host_tier = round.uses_host_tier,
-          .modelled_time = round.modelled_time};
-}
 
 UpsertWorker WorkerRow(const WorkerReport& report, int64_t unix_ns) {
   UpsertWorker row{.worker_id = report.worker.value(),
@@ -98,49 +77,13 @@ void Dispatcher::Stop() {
   if (thread_.joinable()) thread_.join();
 }
 
-// Puts the scheduler where it was, as far as the store knows; workers tell the rest.
 absl::Status Dispatcher::Recover(const Queue& queue) {
   now_ns_ = clock_.NowNs();
-  std::map<ExperimentId, const QueuedExperiment*> experiments;
-  for (const QueuedExperiment& experiment : queue.experiments) {
-    experiments[experiment.experiment] = &experiment;
-  }
-  for (size_t begin = 0; begin < queue.rounds.size();) {
-    const QueuedExperiment& experiment = *experiments.at(queue.rounds[begin].experiment);
-    ASSIGN_OR_RETURN(const StoredRound example, reader_->GetRound(queue.rounds[begin].round));
-    const bool model_travels = kvsweep::RequirementOf(example.spec).model_travels;
-    std::vector<RoundDescriptor> rounds;
-    size_t end = begin;
-    for (; end < queue.rounds.size() && queue.rounds[end].experiment == experiment.experiment;
-         ++end) {
-      rounds.push_back(
-          {.round = queue.rounds[end].round,
-           .requirement = RequirementOf(queue.rounds[end], experiment, model_travels)});
-    }
-    const bool first = scheduler_.FindProgress(experiment.experiment) == nullptr;
-    scheduler_.Submit(now_ns_, experiment.experiment, std::move(rounds),
-                      first ? EndedOf(experiment) : std::array<uint64_t, 5>{});
-    begin = end;
-  }
+  RETURN_IF_ERROR(RecoverScheduler(queue, *reader_, now_ns_, &scheduler_));
   for (const QueuedRound& round : queue.rounds) {
-    for (const VoidedAttempt& attempt : round.void_attempts) {
-      scheduler_.RecoverMishap(round.round, {.kind = attempt.worker_lost ? Mishap::Kind::kWorkerLost
-                                                                         : Mishap::Kind::kFailed,
-                                             .worker = WorkerId(attempt.worker_id),
-                                             .machine = attempt.machine,
-                                             .trial = attempt.running_trial.value_or(TrialId()),
-                                             .time_ns = now_ns_,
-                                             .reason = attempt.reason});
+    if (round.open_attempt.has_value() && round.open_attempt->finished) {
+      AcceptIfFinished(round.open_attempt->attempt);
     }
-    if (!round.open_attempt.has_value()) continue;
-    const StoredAttempt& open = *round.open_attempt;
-    scheduler_.RecoverLease(now_ns_, {.attempt = open.attempt,
-                                      .round = round.round,
-                                      .worker = WorkerId(open.worker_id),
-                                      .incarnation = open.incarnation,
-                                      .machine = open.machine,
-                                      .slot = SlotIndex(open.slot)});
-    if (open.finished) AcceptIfFinished(open.attempt);
   }
   ASSIGN_OR_RETURN(const std::optional<std::string> incarnation,
                    reader_->ReadMeta(kIncarnationKey));
@@ -178,56 +121,20 @@ void Dispatcher::Turn() {
   if (options_.check_invariants) scheduler_.CheckInvariants();
 }
 
-void Dispatcher::AddRows(const SchedulerPlan& plan, std::vector<Write>* writes) {
-  const int64_t unix_ns = clock_.UnixNs();
+// The dispatcher's own share of a plan: which rounds it must be able to hand out.
+void Dispatcher::FollowLeases(const SchedulerPlan& plan) {
   for (const ExperimentId experiment : plan.cancels) {
-    writes->push_back(
-        {CancelExperiment{experiment, unix_ns}, [this](const OperationResult& result) {
-           for (const Attempt attempt : std::get<CancelResult>(result.value).attempts) {
-             Forget(attempt);
-           }
-         }});
+    std::erase_if(live_, [&](const auto& live) { return live.second.experiment == experiment; });
   }
-  for (const VoidRow& row : plan.voids) {
-    VoidAttempt operation{.attempt = row.attempt,
-                          .reason = row.mishap.reason,
-                          .worker_lost = row.mishap.kind == Mishap::Kind::kWorkerLost,
-                          .running_trial = std::nullopt,
-                          .voided_unix_ns = unix_ns};
-    if (row.mishap.trial != TrialId()) operation.running_trial = row.mishap.trial;
-    writes->push_back({std::move(operation), nullptr});
-    Forget(row.attempt);
-  }
-  for (const FinishRow& row : plan.finishes) {
-    FinishRound operation{.round = row.round,
-                          .state = FinishRound::State::kFailed,
-                          .poisoned_trial = std::nullopt,
-                          .reason = row.reason,
-                          .finished_unix_ns = unix_ns};
-    if (row.end == RoundEnd::kPoisoned) {
-      operation.state = FinishRound::State::kPoisoned;
-      operation.poisoned_trial = row.poisoned_trial;
-    }
-    writes->push_back({std::move(operation), nullptr});
-  }
-  for (const GrantRow& row : plan.grants) {
-    writes->push_back({GrantAttempt{.attempt = row.attempt,
-                                    .round = row.round,
-                                    .worker_id = row.worker.value(),
-                                    .incarnation = row.incarnation,
-                                    .machine = row.machine,
-                                    .slot = static_cast<uint32_t>(row.slot.value()),
-                                    .neighbours = row.neighbours,
-                                    .granted_unix_ns = unix_ns},
-                       nullptr});
-    Live(row.attempt, row.round).granted_ns = now_ns_;
-  }
+  for (const VoidRow& row : plan.voids) live_.erase(row.attempt);
+  for (const GrantRow& row : plan.grants) Live(row.attempt, row.round).granted_ns = now_ns_;
 }
 
 void Dispatcher::Commit(const SchedulerPlan& plan) {
   std::vector<Write> writes = std::exchange(first_, {});
   const size_t first_count = writes.size();
-  AddRows(plan, &writes);
+  for (Operation& row : RowsOf(plan, clock_.UnixNs())) writes.push_back({std::move(row), nullptr});
+  FollowLeases(plan);
   const size_t plan_end = writes.size();
   std::move(later_.begin(), later_.end(), std::back_inserter(writes));
   later_.clear();
@@ -239,7 +146,6 @@ void Dispatcher::Commit(const SchedulerPlan& plan) {
   if (!result.ok()) EndProcess(result.status());
   for (size_t i = 0; i < writes.size(); ++i) {
     const OperationResult& operation = result->operations[i];
-    // Scheduler and store say the same about rounds and attempts, or one of them is wrong.
     if (i >= first_count && i < plan_end) {
       KVSWEEP_CHECK(operation.status.ok()) << "row " << i << ": " << operation.status.ToString();
     }
@@ -364,8 +270,6 @@ Dispatcher::LiveRound& Dispatcher::Live(Attempt attempt, RoundId round) {
   return live;
 }
 
-void Dispatcher::Forget(Attempt attempt) { live_.erase(attempt); }
-
 // --------------------------------------------------------------------------------- measurements
 
 bool Dispatcher::OnBatch(std::shared_ptr<ReportLink> link, ReportBatch batch) {
@@ -423,7 +327,7 @@ void Dispatcher::AcceptIfFinished(Attempt attempt) {
 // The store has queued the round again; the scheduler must not write that a second time.
 void Dispatcher::RoundTakenBack(Attempt attempt, const std::string& reason) {
   scheduler_.Refused(now_ns_, attempt, reason);
-  Forget(attempt);
+  live_.erase(attempt);
   wake_ns_ = now_ns_;
 }
 

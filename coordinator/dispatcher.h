@@ -154,7 +154,7 @@ class Dispatcher {
   void Run();
   void Turn();
   void Commit(const SchedulerPlan& plan);
-  void AddRows(const SchedulerPlan& plan, std::vector<Write>* writes);
+  void FollowLeases(const SchedulerPlan& plan);
   void Tell(const SchedulerPlan& plan);
   void TellWorker(const WorkerWish& wish);
 
@@ -167,7 +167,6 @@ class Dispatcher {
   void Enqueue(const SubmitResult& submitted, std::vector<RoundRequirement> requirements);
 
   LiveRound& Live(Attempt attempt, RoundId round);
-  void Forget(Attempt attempt);
   void UpdateWatchers(const SchedulerPlan& plan);
   WatchEvent EventFor(Watcher& watcher);
   int64_t WatchDueNs(const Watcher& watcher) const;
