@@ -14,6 +14,7 @@
 #include <iostream>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -67,7 +68,8 @@ FromRunner MakeHello(const BackendInfo& info) {
 class Inbox {
  public:
   explicit Inbox(int fd) : reader_(fd), trials_(kTrials), thread_([this] { Run(); }) {}
-  ~Inbox() { thread_.detach(); }  // it may be waiting in the socket; the process is about to end
+  // REQUIRES: Next has returned nullopt; the thread has then ended by itself.
+  ~Inbox() { thread_.join(); }
 
   // The next trial; nullopt after Shutdown.
   std::optional<RunTrial> Next() { return trials_.Pop(RealClock::Get(), kNeverNs); }
@@ -95,7 +97,9 @@ class Inbox {
         std::_Exit(1);
       }
       if (*result == FrameReader::Result::kEnd) std::_Exit(0);
+      const bool last = frame.has_shutdown();
       Take(std::move(frame));
+      if (last) return;
     }
   }
 
