@@ -122,6 +122,13 @@ std::vector<FileChunk> Chunks(const std::string& digest, absl::string_view conte
   return chunks;
 }
 
+// As much of a table as one message holds.
+TableReply OneMessage(const Table& table) {
+  std::vector<TableReply> messages = TableToWire(table);
+  if (messages.size() > 1) messages.front().set_truncated(true);
+  return std::move(messages.front());
+}
+
 class WorkerServiceImpl final : public WorkerService::CallbackService {
  public:
   explicit WorkerServiceImpl(const Parts& parts) : parts_(parts) {}
@@ -222,8 +229,7 @@ class ControlServiceImpl final : public ControlService::CallbackService {
                                     WorkersReply* reply) override {
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
     const bool taken = parts_.dispatcher.Workers([reply, reactor](const Table& table) {
-      std::vector<TableReply> messages = TableToWire(table);
-      *reply->mutable_table() = std::move(messages.front());
+      *reply->mutable_table() = OneMessage(table);
       reactor->Finish(grpc::Status::OK);
     });
     if (!taken) reactor->Finish(ToGrpc(BusyStatus()));
@@ -245,8 +251,11 @@ class ControlServiceImpl final : public ControlService::CallbackService {
           });
         });
       }
-      if (table.rows.size() > limit) table.rows.resize(limit);
-      *reply = std::move(TableToWire(table).front());
+      if (table.rows.size() > limit) {
+        table.rows.resize(limit);
+        table.truncated = true;
+      }
+      *reply = OneMessage(table);
       return absl::OkStatus();
     });
   }
