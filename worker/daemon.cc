@@ -1,92 +1,28 @@
 #include "worker/daemon.h"
 
-#include <grpcpp/grpcpp.h>
-
-#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <filesystem>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <thread>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
 #include "base/check.h"
 #include "base/limits.h"
 #include "base/log.h"
 #include "base/random.h"
 #include "base/status_macros.h"
-#include "proto/worker.grpc.pb.h"
+#include "worker/coordinator_link.h"
 #include "worker/round_files.h"
 #include "worker/spill_file.h"
 #include "worker/wire.h"
 
 namespace kvsweep {
-namespace {
-
-constexpr int kKeepaliveMs = 20'000;
-constexpr int kKeepaliveTimeoutMs = 10'000;
-constexpr int kReconnectMinMs = 50;
-constexpr int kReconnectMaxMs = 3'000;
-constexpr int kFetchTries = 6;
-constexpr int kFetchDeadlineSeconds = 30;
-constexpr int64_t kSpeakGapNs = 5 * kNsPerMs;  // changes within it go into one message
-
-// Waiting times between tries: uniform up to a bound that doubles ("full jitter"), so that workers
-// that were cut off together do not return together.
-class Backoff {
- public:
-  int64_t NextNs() {
-    const int64_t bound_ns =
-        std::min<int64_t>(int64_t{kReconnectMinMs} << std::min(failures_++, 10), kReconnectMaxMs) *
-        kNsPerMs;
-    return static_cast<int64_t>(random_.Uniform(static_cast<uint64_t>(bound_ns)));
-  }
-  void Reset() { failures_ = 0; }
-  int failures() const { return failures_; }
-
- private:
-  Random random_{EntropySeed()};
-  int failures_ = 0;
-};
-
-absl::Status ToStatus(const grpc::Status& status) {
-  return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
-}
-
-bool IsLoopback(absl::string_view host) {
-  return host == "localhost" || host == "[::1]" || absl::StartsWith(host, "127.");
-}
-
-}  // namespace
-
 absl::StatusOr<std::shared_ptr<grpc::Channel>> DialCoordinator(const std::string& address) {
-  const size_t colon = address.rfind(':');
-  const bool local =
-      absl::StartsWith(address, "unix:") ||
-      (colon != std::string::npos && IsLoopback(absl::string_view(address).substr(0, colon)));
-  if (!local) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "coordinator address \"", address,
-        "\": calls are neither authenticated nor encrypted yet, so only unix:PATH and ",
-        "loopback addresses (127.0.0.1:7470) are dialled; reach another machine through an SSH "
-        "tunnel"));
-  }
-  grpc::ChannelArguments arguments;
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kReconnectMinMs);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kReconnectMinMs);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, kReconnectMaxMs);
-  arguments.SetMaxReceiveMessageSize(limits::kMessageBytes);
-  arguments.SetMaxSendMessageSize(limits::kMessageBytes);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  return OpenCoordinatorChannel(address);
 }
 
 class Worker::Daemon {
@@ -111,20 +47,6 @@ class Worker::Daemon {
     std::thread preparer;                   // of the same
   };
 
-  // A call that is cancelled when the daemon ends.
-  class Call {
-   public:
-    explicit Call(Daemon* daemon);
-    ~Call();
-    grpc::ClientContext context;
-
-   private:
-    Daemon* const daemon_;
-  };
-
-  using SynchronizeStream = grpc::ClientReaderWriter<WorkerState, DesiredState>;
-  using ReportStream = grpc::ClientReaderWriter<ReportBatch, ReportReply>;
-
   // Hands an event to the session: `event` gets session and time, and returns the plan.
   template <typename Event>
   void Enter(const Event& event) {
@@ -132,6 +54,7 @@ class Worker::Daemon {
     Absorb(event(*session_, clock_.NowNs()));
   }
   void Absorb(SessionPlan plan);
+  void BeginEnd();
   void End(const absl::Status& status);
 
   // Carrying out.
@@ -143,17 +66,11 @@ class Worker::Daemon {
   void SendTrial(const SessionAction& action);
   void PrepareRound(const SessionAction& action);
   std::shared_ptr<Round> FindRound(Attempt attempt);
-  absl::StatusOr<std::string> FetchFile(const FileReference& file, const Round& round);
-  absl::StatusOr<std::string> FetchFileOnce(const FileReference& file);
 
   // Talking.
-  enum class StreamKind { kStates, kRows };
-  template <typename Once>
-  void KeepConnected(StreamKind kind, const Once& once);
-  absl::Status SynchronizeOnce(Backoff& backoff);
-  void OnDesired(const DesiredState& desired);
+  CoordinatorLinkEvents LinkEvents();
   WorkerState ComposeState();
-  absl::Status ReportOnce(Backoff& backoff);
+  void OnDesired(const DesiredState& desired);
   std::optional<ReportBatch> NextBatch();
   absl::Status OnReply(const ReportReply& reply);
   void ScanModels();
@@ -162,7 +79,6 @@ class Worker::Daemon {
 
   const WorkerOptions options_;
   Clock& clock_;
-  const std::unique_ptr<WorkerService::Stub> stub_;
   const uint64_t incarnation_;
   const ProtoRecordEncoder encoder_;
   ModelShelf shelf_;
@@ -171,51 +87,31 @@ class Worker::Daemon {
   std::vector<Slot> slots_;
 
   std::mutex mutex_;
-  // One for each thread that waits, all with mutex_.
+  // For the thread that carries out, and for all that wait for the end; both with mutex_.
   std::condition_variable actions_changed_;
-  std::condition_variable state_changed_;
-  std::condition_variable rows_changed_;
   std::condition_variable ending_;
 
   // Guarded by mutex_.
   std::unique_ptr<Session> session_;
   std::deque<SessionAction> actions_;
   std::map<Attempt, std::shared_ptr<Round>> rounds_;
-  std::set<grpc::ClientContext*> calls_;
   int64_t wake_at_ns_ = kNeverNs;
-  bool speak_ = false;
-  int64_t interval_ns_;      // until the next state, as the coordinator asked
-  int64_t answered_ns_ = 0;  // last time the coordinator answered a state
-  uint64_t unanswered_batches_ = 0;
-  int64_t batches_moved_ns_ = 0;  // last time one was sent or answered
   bool exiting_ = false;
   bool done_ = false;
   absl::Status end_status_;
 
+  std::unique_ptr<CoordinatorLink> link_;
   std::vector<std::thread> threads_;
 };
-
-Worker::Daemon::Call::Call(Daemon* daemon) : daemon_(daemon) {
-  const std::lock_guard<std::mutex> lock(daemon_->mutex_);
-  daemon_->calls_.insert(&context);
-  if (daemon_->exiting_) context.TryCancel();
-}
-
-Worker::Daemon::Call::~Call() {
-  const std::lock_guard<std::mutex> lock(daemon_->mutex_);
-  daemon_->calls_.erase(&context);
-}
 
 Worker::Daemon::Daemon(const WorkerOptions& options, std::shared_ptr<grpc::Channel> channel,
                        Clock& clock)
     : options_(options),
       clock_(clock),
-      stub_(WorkerService::NewStub(std::move(channel))),
       incarnation_(EntropySeed()),
       shelf_(options.model_folders, options.cache_folder),
       cache_(options.cache_folder),
-      slots_(options.runners.size()),
-      interval_ns_(options.heartbeat_ns) {
+      slots_(options.runners.size()) {
   SessionOptions session_options = options.session;
   session_options.slots = slots_.size();
   std::vector<SpillFile*> spills;
@@ -224,16 +120,17 @@ Worker::Daemon::Daemon(const WorkerOptions& options, std::shared_ptr<grpc::Chann
     spills.push_back(spills_.back().get());
   }
   session_ = std::make_unique<Session>(session_options, encoder_, spills);
+  {
+    // Its events wait until it is there.
+    const std::lock_guard<std::mutex> lock(mutex_);
+    link_ = std::make_unique<CoordinatorLink>(
+        CoordinatorLink::Options{.heartbeat_ns = options.heartbeat_ns,
+                                 .silence_limit_ns = options.silence_limit_ns},
+        std::move(channel), LinkEvents(), clock);
+  }
   Enter([](Session& session, int64_t now_ns) { return session.Start(now_ns); });
   threads_.emplace_back([this] { CarryOutAll(); });
   threads_.emplace_back([this] { ScanModels(); });
-  threads_.emplace_back([this] {
-    KeepConnected(StreamKind::kStates,
-                  [this](Backoff& backoff) { return SynchronizeOnce(backoff); });
-  });
-  threads_.emplace_back([this] {
-    KeepConnected(StreamKind::kRows, [this](Backoff& backoff) { return ReportOnce(backoff); });
-  });
 }
 
 Worker::Daemon::~Daemon() {
@@ -254,29 +151,26 @@ absl::Status Worker::Daemon::WaitUntilDone() {
 // mutex_ is held.
 void Worker::Daemon::Absorb(SessionPlan plan) {
   actions_.insert(actions_.end(), plan.actions.begin(), plan.actions.end());
-  speak_ = speak_ || plan.speak;
   wake_at_ns_ = plan.wake_at_ns;
   actions_changed_.notify_one();
-  rows_changed_.notify_one();
-  if (plan.speak) state_changed_.notify_one();
-  if (plan.exit && !exiting_) {
-    exiting_ = true;
-    ending_.notify_all();
-    state_changed_.notify_all();
-    for (grpc::ClientContext* context : calls_) context->TryCancel();
-  }
+  link_->AnnounceRows();
+  if (plan.speak) link_->AnnounceState();
+  if (plan.exit) BeginEnd();
+}
+
+// mutex_ is held.
+void Worker::Daemon::BeginEnd() {
+  exiting_ = true;
+  link_->Close();
+  actions_changed_.notify_all();
+  ending_.notify_all();
 }
 
 // Ends the daemon; the first status counts.
 void Worker::Daemon::End(const absl::Status& status) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!exiting_) end_status_ = status;
-  exiting_ = true;
-  for (grpc::ClientContext* context : calls_) context->TryCancel();
-  actions_changed_.notify_all();
-  state_changed_.notify_all();
-  rows_changed_.notify_all();
-  ending_.notify_all();
+  BeginEnd();
 }
 
 // ------------------------------------------------------------------------------------ carrying out
@@ -469,7 +363,7 @@ void Worker::Daemon::PrepareRound(const SessionAction& action) {
   slot.preparer = std::thread([this, action, round] {
     absl::StatusOr<std::vector<TrialFiles>> files = PrepareRoundFiles(
         round->spec, shelf_, cache_,
-        [this, &round](const FileReference& file) { return FetchFile(file, *round); });
+        [this, &round](const FileReference& file) { return link_->Fetch(file, round->forgotten); });
     Enter([&](Session& session, int64_t now_ns) {
       if (files.ok()) round->files = *std::move(files);
       return session.OnRoundPrepared(now_ns, action.slot, action.attempt, files.status());
@@ -477,126 +371,27 @@ void Worker::Daemon::PrepareRound(const SessionAction& action) {
   });
 }
 
-absl::StatusOr<std::string> Worker::Daemon::FetchFile(const FileReference& file,
-                                                      const Round& round) {
-  Backoff backoff;
-  while (true) {
-    absl::StatusOr<std::string> content = FetchFileOnce(file);
-    const bool passing =
-        absl::IsUnavailable(content.status()) || absl::IsDeadlineExceeded(content.status());
-    if (content.ok() || !passing || backoff.failures() >= kFetchTries) return content;
-    std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t again_ns = clock_.NowNs() + backoff.NextNs();
-    while (!exiting_ && !round.forgotten && clock_.NowNs() < again_ns)
-      clock_.WaitUntilNs(ending_, lock, again_ns);
-    if (exiting_ || round.forgotten) return absl::CancelledError("the round is no longer wanted");
-  }
-}
-
-absl::StatusOr<std::string> Worker::Daemon::FetchFileOnce(const FileReference& file) {
-  Call call(this);
-  call.context.set_deadline(gpr_time_from_seconds(kFetchDeadlineSeconds, GPR_TIMESPAN));
-  FetchFileRequest request;
-  request.set_digest(file.digest());
-  const std::unique_ptr<grpc::ClientReader<FileChunk>> reader =
-      stub_->FetchFile(&call.context, request);
-  std::string content;
-  FileChunk chunk;
-  while (reader->Read(&chunk)) {
-    if (chunk.offset() != content.size() || content.size() + chunk.data().size() > file.bytes()) {
-      call.context.TryCancel();
-      reader->Finish();
-      return absl::DataLossError(absl::StrCat("a chunk at byte ", chunk.offset(), " of ",
-                                              file.bytes(), " does not continue what came before"));
-    }
-    content += chunk.data();
-  }
-  RETURN_IF_ERROR(ToStatus(reader->Finish()));
-  return content;
-}
-
 // ----------------------------------------------------------------------------------------- talking
 
-// Runs `once`, which returns when its stream has ended, again and again.
-template <typename Once>
-void Worker::Daemon::KeepConnected(StreamKind kind, const Once& once) {
-  Backoff backoff;
-  while (true) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (exiting_) return;
-    }
-    const absl::Status status = once(backoff);
-    if (kind == StreamKind::kStates && absl::IsFailedPrecondition(status)) {
-      // Another worker has this name, or the coordinator speaks another protocol: trying again
-      // cannot help.
-      LogError("the coordinator refuses this worker: ", status.message());
-      End(status);
-      return;
-    }
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (exiting_) return;
-    if (backoff.failures() == 0) {
-      LogWarning("the stream of ", kind == StreamKind::kStates ? "states" : "rows",
-                 " has ended: ", status.ToString());
-    }
-    const int64_t again_ns = clock_.NowNs() + backoff.NextNs();
-    while (!exiting_ && clock_.NowNs() < again_ns) clock_.WaitUntilNs(ending_, lock, again_ns);
-  }
-}
-
-absl::Status Worker::Daemon::SynchronizeOnce(Backoff& backoff) {
-  Call call(this);
-  const std::unique_ptr<SynchronizeStream> stream = stub_->Synchronize(&call.context);
-  bool ended = false;  // guarded by mutex_
-  std::thread reader([&] {
-    DesiredState desired;
-    while (stream->Read(&desired)) {
-      if (backoff.failures() > 0) LogInfo("connected to the coordinator");
-      backoff.Reset();
-      OnDesired(desired);
-    }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ended = true;
-    state_changed_.notify_all();
-  });
-  bool first = true;
-  int64_t spoken_ns = 0;
-  while (true) {
-    WorkerState state;
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      if (first) answered_ns_ = clock_.NowNs();
-      const auto due_ns = [&] {
-        return first ? 0 : spoken_ns + (speak_ ? kSpeakGapNs : interval_ns_);
-      };
-      while (!exiting_ && !ended && clock_.NowNs() < due_ns()) {
-        clock_.WaitUntilNs(state_changed_, lock, due_ns());
-      }
-      if (ended) break;
-      spoken_ns = clock_.NowNs();
-      if (exiting_ || spoken_ns - answered_ns_ > options_.silence_limit_ns) {
-        call.context.TryCancel();
-        break;
-      }
-      first = false;
-      Absorb(session_->OnTick(spoken_ns));
-      speak_ = false;
-      state = ComposeState();
-    }
-    if (!stream->Write(state)) break;
-  }
-  reader.join();
-  return ToStatus(stream->Finish());
+CoordinatorLinkEvents Worker::Daemon::LinkEvents() {
+  return {.compose_state = [this] { return ComposeState(); },
+          .on_desired = [this](const DesiredState& desired) { OnDesired(desired); },
+          .on_report_connected =
+              [this] {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                session_->OnReportConnected();
+              },
+          .next_batch = [this] { return NextBatch(); },
+          .on_reply = [this](const ReportReply& reply) { return OnReply(reply); },
+          .on_refused =
+              [this](const absl::Status& status) {
+                LogError("the coordinator refuses this worker: ", status.message());
+                End(status);
+              }};
 }
 
 void Worker::Daemon::OnDesired(const DesiredState& desired) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  answered_ns_ = clock_.NowNs();
-  interval_ns_ = options_.heartbeat_ns;
-  if (desired.next_after_ns() > 0) {
-    interval_ns_ = std::clamp<int64_t>(desired.next_after_ns(), kSpeakGapNs, options_.heartbeat_ns);
-  }
   std::vector<SessionWish> wishes;
   for (const SlotDesire& desire : desired.slots()) {
     if (desire.index() >= slots_.size()) continue;
@@ -625,8 +420,9 @@ void Worker::Daemon::OnDesired(const DesiredState& desired) {
   }
 }
 
-// mutex_ is held.
 WorkerState Worker::Daemon::ComposeState() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Absorb(session_->OnTick(clock_.NowNs()));
   WorkerState state;
   state.set_worker_id(options_.worker_id);
   state.set_incarnation(incarnation_);
@@ -654,56 +450,8 @@ WorkerState Worker::Daemon::ComposeState() {
   return state;
 }
 
-absl::Status Worker::Daemon::ReportOnce(Backoff& backoff) {
-  Call call(this);
-  const std::unique_ptr<ReportStream> stream = stub_->Report(&call.context);
-  bool ended = false;  // guarded by mutex_
-  std::thread reader([&] {
-    ReportReply reply;
-    while (stream->Read(&reply)) {
-      backoff.Reset();
-      if (const absl::Status status = OnReply(reply); !status.ok()) {
-        LogError("attempt ", reply.attempt(), ": ", status.message());
-        call.context.TryCancel();
-      }
-    }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ended = true;
-    rows_changed_.notify_all();
-  });
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    session_->OnReportConnected();
-    unanswered_batches_ = 0;
-  }
-  while (true) {
-    std::optional<ReportBatch> batch;
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      const auto silent_at_ns = [&] {
-        return unanswered_batches_ > 0 ? batches_moved_ns_ + options_.silence_limit_ns : kNeverNs;
-      };
-      while (!exiting_ && !ended && clock_.NowNs() < silent_at_ns()) {
-        batch = NextBatch();
-        if (batch.has_value()) break;
-        clock_.WaitUntilNs(rows_changed_, lock, silent_at_ns());
-      }
-      if (ended) break;
-      if (!batch.has_value()) {
-        call.context.TryCancel();
-        break;
-      }
-      ++unanswered_batches_;
-      batches_moved_ns_ = clock_.NowNs();
-    }
-    if (!stream->Write(*batch)) break;
-  }
-  reader.join();
-  return ToStatus(stream->Finish());
-}
-
-// mutex_ is held.
 std::optional<ReportBatch> Worker::Daemon::NextBatch() {
+  const std::lock_guard<std::mutex> lock(mutex_);
   std::optional<Session::Batch> batch = session_->NextBatch();
   if (!batch.has_value()) return std::nullopt;
   ReportBatch message;
@@ -717,15 +465,13 @@ std::optional<ReportBatch> Worker::Daemon::NextBatch() {
 
 absl::Status Worker::Daemon::OnReply(const ReportReply& reply) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (unanswered_batches_ > 0) --unanswered_batches_;
-  batches_moved_ns_ = clock_.NowNs();
   if (reply.refused()) {
     LogWarning("attempt ", reply.attempt(), ": its rows are refused: ", reply.reason());
     session_->OnRefused(Attempt(reply.attempt()));
     return absl::OkStatus();
   }
   ASSIGN_OR_RETURN(SessionPlan plan,
-                   session_->OnAcknowledged(batches_moved_ns_, Attempt(reply.attempt()),
+                   session_->OnAcknowledged(clock_.NowNs(), Attempt(reply.attempt()),
                                             reply.acknowledged_through()));
   Absorb(std::move(plan));
   return absl::OkStatus();
@@ -735,10 +481,7 @@ void Worker::Daemon::ScanModels() {
   while (true) {
     const bool changed = shelf_.Scan();
     std::unique_lock<std::mutex> lock(mutex_);
-    if (changed) {
-      speak_ = true;
-      state_changed_.notify_all();
-    }
+    if (changed) link_->AnnounceState();
     const int64_t again_ns = clock_.NowNs() + options_.rescan_ns;
     while (!exiting_ && clock_.NowNs() < again_ns) clock_.WaitUntilNs(ending_, lock, again_ns);
     if (exiting_) return;

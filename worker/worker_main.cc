@@ -32,8 +32,8 @@ constexpr char kExample[] =
     R"(Example: two slots of one core each, models in /srv/models, coordinator on this machine
   kvsweep-worker --coordinator 127.0.0.1:7470 --models /srv/models --slots 2 --threads 1
 
-Example: a slot for each of two GPUs
-  kvsweep-worker --slot "--device cuda:0" --slot "--device cuda:1" --models ~/.cache/huggingface/hub)";
+Example: two unequal slots, models in a Hugging Face cache
+  kvsweep-worker --slot "--threads 2" --slot "--threads 6" --models ~/.cache/huggingface/hub)";
 
 struct Flags {
   std::string coordinator = "127.0.0.1:7470";

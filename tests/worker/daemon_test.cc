@@ -376,11 +376,13 @@ TEST_F(DaemonTest, FilesAndModelsComeByDigest) {
   *small.add_files() = coordinator_.AddFile("config.json", "{\"small\": 1}");
   small.set_bytes(small.files(0).bytes());
   small.set_digest(ModelDigest(small));
-  coordinator_.Give(round);
 
   WorkerOptions options = Options();
   options.model_folders = {shelf};
   Start(options);
+  // As a coordinator does, which knows what its workers hold.
+  coordinator_.WaitFor([](const WorkerState& state) { return state.models_size() == 1; });
+  coordinator_.Give(round);
   const std::vector<Record> records = coordinator_.WaitForRows();
   ASSERT_EQ(records.size(), 3u + 1 + 3 + 1 + 1) << coordinator_.failure();
   const std::string trace = options.cache_folder + "/files/" + Sha256("a trace").Hex();
