@@ -131,7 +131,7 @@ void CoordinatorLink::KeepSynchronizing() {
       events_.on_refused(status);
       return;
     }
-    if (backoff.failures() == 0)
+    if (backoff.failures() == 0 && !absl::IsCancelled(status))
       LogWarning("the coordinator cannot be reached: ", status.ToString());
   } while (Pause(backoff.NextNs(), nullptr));
 }
@@ -191,7 +191,8 @@ void CoordinatorLink::KeepReporting() {
   Backoff backoff;
   do {
     const absl::Status status = Report(backoff);
-    if (backoff.failures() == 0) LogWarning("the stream of rows has ended: ", status.ToString());
+    if (backoff.failures() == 0 && !absl::IsCancelled(status))
+      LogWarning("the stream of rows has ended: ", status.ToString());
   } while (Pause(backoff.NextNs(), nullptr));
 }
 

@@ -147,6 +147,13 @@ absl::Status Serve(Worker& worker, const sigset_t& signals) {
 }
 
 absl::Status Run(const Flags& flags) {
+  // Before gRPC or anything else starts a thread: all inherit it.
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGTERM);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+
   absl::StatusOr<LogLevel> level = ParseLogLevel(flags.log_level);
   if (!level.ok()) return level.status();
   SetLog("kvsweep-worker", *level);
@@ -155,11 +162,6 @@ absl::Status Run(const Flags& flags) {
   auto channel = DialCoordinator(flags.coordinator);
   if (!channel.ok()) return channel.status();
 
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGINT);
-  sigaddset(&signals, SIGTERM);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   absl::StatusOr<std::unique_ptr<Worker>> worker =
       Worker::Start(*options, *std::move(channel), RealClock::Get());
   if (!worker.ok()) return worker.status();

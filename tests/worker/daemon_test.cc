@@ -2,6 +2,10 @@
 
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <condition_variable>
 #include <filesystem>
@@ -466,6 +470,33 @@ TEST_F(DaemonTest, TwoSlotsHaveTwoRunners) {
            state.slots(1).devices_size() == 1;
   });
   EXPECT_EQ(state.slots(1).index(), 1u);
+}
+
+// The program itself: one SIGTERM drains it.
+TEST_F(DaemonTest, TheProgramFinishesItsRoundWhenToldToEnd) {
+  coordinator_.Give(RoundOf({"slow-20"}));
+  std::vector<std::string> words = {absl::StrCat(KVSWEEP_BIN_DIR, "/kvsweep-worker"),
+                                    "--coordinator",
+                                    address_,
+                                    "--runner",
+                                    absl::StrCat(KVSWEEP_BIN_DIR, "/fake_runner"),
+                                    "--cache",
+                                    folder_.Join("cache"),
+                                    "--slot",
+                                    "--threads 1"};
+  std::vector<char*> arguments;
+  for (std::string& word : words) arguments.push_back(word.data());
+  arguments.push_back(nullptr);
+  pid_t pid = 0;
+  ASSERT_EQ(posix_spawn(&pid, arguments[0], nullptr, nullptr, arguments.data(), environ), 0);
+  coordinator_.WaitFor(
+      [](const WorkerState& state) { return state.slots(0).holding().trial_id() == 11; });
+  ASSERT_EQ(kill(pid, SIGTERM), 0);
+  int status = -1;
+  ASSERT_EQ(waitpid(pid, &status, 0), pid);
+  EXPECT_TRUE(WIFEXITED(status)) << status;
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+  EXPECT_EQ(coordinator_.raw_rows().size(), 20u + 1 + 1);
 }
 
 TEST(DialCoordinatorTest, OnlyThisMachineIsDialled) {
