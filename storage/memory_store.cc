@@ -371,8 +371,7 @@ OperationResult Applier::operator()(const PutMeta& operation) {
   return {};
 }
 
-// ------------------------------------------------------------------------------------------
-// reading
+// ----------------------------------------------------------------------------------------- reading
 
 class MemoryReader final : public StoreReader {
  public:

@@ -325,26 +325,28 @@ absl::Status RecordWriter::InsertOutcome(int64_t record_id, const Record& record
 absl::StatusOr<RecordCursor> RecordCursor::Open(Database& database, int64_t first, int64_t last) {
   RecordCursor cursor(database);
   for (size_t table = 0; table < kTables.size(); ++table) {
-    ASSIGN_OR_RETURN(Statement statement, database.Compile(kTables[table].select));
-    statement.BindInt(1, first).BindInt(2, last);
-    ASSIGN_OR_RETURN(const bool has_row, statement.Step());
-    cursor.sources_.push_back({std::move(statement), table, has_row});
+    ASSIGN_OR_RETURN(Statement * statement, database.Prepare(kTables[table].select));
+    Source& source = *cursor.sources_.emplace_back(std::make_unique<Source>(*statement));
+    source.table = table;
+    ASSIGN_OR_RETURN(source.has_row, statement->BindInt(1, first).BindInt(2, last).Step());
   }
   return cursor;
 }
 
 absl::StatusOr<bool> RecordCursor::Next(int64_t* record_id, Record* record) {
   Source* next = nullptr;
-  for (Source& source : sources_) {
-    if (!source.has_row) continue;
-    if (next == nullptr || source.statement.Int(0) < next->statement.Int(0)) next = &source;
+  for (const std::unique_ptr<Source>& source : sources_) {
+    if (!source->has_row) continue;
+    if (next == nullptr || source->statement->Int(0) < next->statement->Int(0)) {
+      next = source.get();
+    }
   }
   if (next == nullptr) return false;
   record->Clear();
-  *record_id = next->statement.Int(0);
-  record->set_trial_id(static_cast<uint64_t>(next->statement.Int(1)));
-  RETURN_IF_ERROR(kTables[next->table].read(*database_, next->statement, record));
-  ASSIGN_OR_RETURN(next->has_row, next->statement.Step());
+  *record_id = next->statement->Int(0);
+  record->set_trial_id(static_cast<uint64_t>(next->statement->Int(1)));
+  RETURN_IF_ERROR(kTables[next->table].read(*database_, *next->statement, record));
+  ASSIGN_OR_RETURN(next->has_row, next->statement->Step());
   return true;
 }
 

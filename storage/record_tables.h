@@ -50,7 +50,8 @@ class RecordWriter {
   std::string token_gaps_;  // reused
 };
 
-// Reads the records of a range of keys in order, merging the tables.
+// Reads the records of a range of keys in order, merging the tables. A database has one cursor at a
+// time, since its statements are kept.
 class RecordCursor {
  public:
   // Keys from `first` to `last`, both included. `database` must outlive the cursor.
@@ -61,7 +62,9 @@ class RecordCursor {
 
  private:
   struct Source {
-    Statement statement;
+    explicit Source(Statement& rows) : use(rows), statement(&rows) {}
+    StatementUse use;
+    Statement* statement;
     size_t table = 0;
     bool has_row = false;
   };
@@ -69,7 +72,7 @@ class RecordCursor {
   explicit RecordCursor(Database& database) : database_(&database) {}
 
   Database* database_;
-  std::vector<Source> sources_;
+  std::vector<std::unique_ptr<Source>> sources_;
 };
 
 // The record's serialised form: what the worker sent, and what digests cover.

@@ -65,8 +65,8 @@ class SqliteWriter {
   // ---- appending
   absl::StatusOr<OpenAttempt*> FindOpen(Attempt attempt);
   // Stores or compares one record; a non-OK inner status is the broken rule.
-  absl::StatusOr<absl::Status> Store(Attempt attempt, OpenAttempt& open, uint64_t sequence,
-                                     const std::string& bytes);
+  absl::StatusOr<absl::Status> StoreRecord(Attempt attempt, OpenAttempt& open, uint64_t sequence,
+                                           const std::string& bytes);
   absl::StatusOr<bool> IsStored(Attempt attempt, uint64_t sequence, const std::string& bytes);
   absl::Status SaveProgress(Attempt attempt, const OpenAttempt& open);
 
@@ -74,6 +74,7 @@ class SqliteWriter {
   absl::StatusOr<absl::StatusOr<std::vector<TrialAccount>>> Audit(const StoredAttempt& attempt);
   absl::Status SaveAccount(Attempt attempt, const TrialAccount& account);
   absl::Status SaveSummary(const TrialAccount& account);
+  absl::Status PrepareSummary();
 
   // ---- ending
   absl::Status EndAttempt(const VoidAttempt& how);
@@ -81,6 +82,8 @@ class SqliteWriter {
 
   Database& database_;
   std::optional<RecordWriter> records_;
+  std::optional<Statement> summary_;                         // inserts a summary
+  absl::flat_hash_map<std::string, int> metric_parameters_;  // of that statement, by metric
   absl::flat_hash_map<Attempt, OpenAttempt> open_;
   google::protobuf::Arena arena_;  // of the records being appended
 };
