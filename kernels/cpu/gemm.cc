@@ -18,46 +18,61 @@ constexpr int64_t kSliceColumns = 48;
 // Bytes of weights that stay in the second-level cache while all rows pass over them.
 constexpr int64_t kSliceBytes = 192 * 1024;
 
-// Writes one element; the product's sum comes without bias.
-KVSWEEP_INLINE void Finish(const GemmArgs& args, int64_t row, int64_t column, float sum) {
+// Writes `columns` elements of a row whose sums come without bias.
+KVSWEEP_INLINE void Finish(const GemmArgs& args, int64_t row, int64_t column, const float* sum,
+                           int columns) {
   float* const out = static_cast<float*>(args.out.data) + row * args.out.stride + column;
-  if (args.bias != nullptr) sum += args.bias[column];
-  if (args.relu) sum = std::max(sum, 0.0f);
-  *out = args.accumulate ? *out + sum : sum;
+  for (int c = 0; c < columns; ++c) {
+    float value = sum[c];
+    if (args.bias != nullptr) value += args.bias[column + c];
+    if (args.relu) value = std::max(value, 0.0f);
+    out[c] = args.accumulate ? out[c] + value : value;
+  }
 }
 
+// kRows x kColumns = 8 outputs: as many sums as hide the latency of a multiply-add, reduced
+// together.
 template <int kRows, int kColumns>
 KVSWEEP_INLINE void Tile(const GemmArgs& args, int64_t row, int64_t column) {
+  static_assert(kRows * kColumns == kLanes);
   const float* const in = static_cast<const float*>(args.in.data) + row * args.in.stride;
   const int64_t length = args.in_columns;
   F8 sum[kRows][kColumns];
   DotLanes<kRows, kColumns>(sum, in, args.in.stride, args.weight + column * length, length, length);
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) Finish(args, row + r, column + c, Sum(sum[r][c]));
+  float sums[kLanes];
+  Store(sums, SumEach(&sum[0][0]));
+  for (int r = 0; r < kRows; ++r) Finish(args, row + r, column, sums + r * kColumns, kColumns);
+}
+
+// The last columns and rows, one output at a time.
+void Single(const GemmArgs& args, int64_t row, int64_t column) {
+  const float* const in = static_cast<const float*>(args.in.data) + row * args.in.stride;
+  F8 sum[1][1];
+  DotLanes<1, 1>(sum, in, 0, args.weight + column * args.in_columns, 0, args.in_columns);
+  const float total = Sum(sum[0][0]);
+  Finish(args, row, column, &total, 1);
+}
+
+template <int kRows>
+void Rows(const GemmArgs& args, int64_t row, int64_t begin, int64_t end) {
+  constexpr int kColumns = kLanes / kRows;
+  int64_t column = begin;
+  for (; column + kColumns <= end; column += kColumns) Tile<kRows, kColumns>(args, row, column);
+  for (; column < end; ++column) {
+    for (int r = 0; r < kRows; ++r) Single(args, row + r, column);
   }
 }
 
-// kRows x kColumns tiles of 8 to 12 sums: enough to hide the latency of a multiply-add, few enough
-// for the registers.
-template <int kRows, int kColumns>
-void Rows(const GemmArgs& args, int64_t row, int64_t begin, int64_t end) {
-  int64_t column = begin;
-  for (; column + kColumns <= end; column += kColumns) Tile<kRows, kColumns>(args, row, column);
-  for (; column < end; ++column) Tile<kRows, 1>(args, row, column);
-}
-
+// All rows pass over a block of weights while it is in the first-level cache or, when rows are
+// many, in the second.
 void OwnSlice(const GemmArgs& args, int64_t begin, int64_t end) {
-  int64_t row = 0;
-  for (; row + 4 <= args.rows; row += 4) Rows<4, 3>(args, row, begin, end);
-  switch (args.rows - row) {
-    case 3:
-      return Rows<3, 4>(args, row, begin, end);
-    case 2:
-      return Rows<2, 4>(args, row, begin, end);
-    case 1:
-      return Rows<1, 8>(args, row, begin, end);
-    default:
-      return;
+  const int64_t block = args.rows > kOwnProductRows ? end - begin : kLanes;
+  for (int64_t column = begin; column < end; column += block) {
+    const int64_t block_end = std::min(column + block, end);
+    int64_t row = 0;
+    for (; row + 4 <= args.rows; row += 4) Rows<4>(args, row, column, block_end);
+    for (; row + 2 <= args.rows; row += 2) Rows<2>(args, row, column, block_end);
+    for (; row < args.rows; ++row) Rows<1>(args, row, column, block_end);
   }
 }
 
@@ -87,8 +102,8 @@ absl::Status Run(const GemmArgs& args, Context& context) {
       context.batch_invariant || args.rows <= kOwnProductRows || (args.accumulate && args.relu);
   int64_t slice;
   if (own) {
-    const int64_t fitting = kSliceBytes / (int64_t{4} * args.in_columns) / 12 * 12;
-    slice = std::clamp<int64_t>(fitting, 12, kSliceColumns);
+    const int64_t fitting = kSliceBytes / (int64_t{4} * args.in_columns) / kLanes * kLanes;
+    slice = std::clamp<int64_t>(fitting, kLanes, kSliceColumns);
   } else {
     const int64_t share = (args.out_columns + context.pool.threads() - 1) / context.pool.threads();
     slice = (share + kLanes - 1) / kLanes * kLanes;

@@ -58,6 +58,17 @@ uint16_t ToF16(float value) {
 
 #endif
 
+// `rows` slots of one block, of one head.
+void LoadRun(float* out, const std::byte* pool, const KvView& view, int64_t offset, int rows,
+             int head_dim) {
+  if (view.token_stride == head_dim) {
+    return LoadElements(out, pool, view.dtype, offset, rows * head_dim);
+  }
+  for (int i = 0; i < rows; ++i) {
+    LoadElements(out + i * head_dim, pool, view.dtype, offset + i * view.token_stride, head_dim);
+  }
+}
+
 }  // namespace
 
 absl::Status CheckSlots(absl::string_view what, int32_t block_size, const int32_t* block_table,
@@ -145,11 +156,10 @@ void KeyRange::Load(float* key, float* value, int64_t first, int tokens, int hea
     const int64_t slot = first + done;
     const int64_t in_block = view->block_size - slot % view->block_size;
     const int run = static_cast<int>(std::min<int64_t>({in_block, tokens - done, stored - slot}));
-    int64_t offset = KvOffset(*view, row, slot, head);
-    for (int i = 0; i < run; ++i, offset += view->token_stride) {
-      LoadElements(key + (done + i) * head_dim, view->key, view->dtype, offset, head_dim);
-      if (value == nullptr) continue;
-      LoadElements(value + (done + i) * head_dim, view->value, view->dtype, offset, head_dim);
+    const int64_t offset = KvOffset(*view, row, slot, head);
+    LoadRun(key + done * head_dim, view->key, *view, offset, run, head_dim);
+    if (value != nullptr) {
+      LoadRun(value + done * head_dim, view->value, *view, offset, run, head_dim);
     }
     done += run;
   }

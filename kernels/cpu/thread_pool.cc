@@ -51,13 +51,20 @@ void ThreadPool::Run(int64_t tasks, Call call, const void* context) {
   context_ = context;
   tasks_ = tasks;
   next_task_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
+  state_.store(kOpen, std::memory_order_release);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   Claim(0);
-  for (uint32_t busy = busy_.load(std::memory_order_acquire); busy != 0;) {
-    busy = WaitForChange(busy_, busy);
+  uint32_t working = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+  while (working != 0) working = WaitForChange(state_, working);
+}
+
+bool ThreadPool::Join() {
+  uint32_t state = state_.load(std::memory_order_acquire);
+  while ((state & kOpen) != 0) {
+    if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acquire)) return true;
   }
+  return false;
 }
 
 void ThreadPool::Work(int worker) {
@@ -65,8 +72,9 @@ void ThreadPool::Work(int worker) {
   for (;;) {
     seen = WaitForChange(generation_, seen);
     if (stop_.load(std::memory_order_relaxed)) return;
+    if (!Join()) continue;
     Claim(worker);
-    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
+    if (state_.fetch_sub(1, std::memory_order_acq_rel) == 1) state_.notify_one();
   }
 }
 

@@ -41,15 +41,20 @@ class ThreadPool {
 
   void Run(int64_t tasks, Call call, const void* context);
   void Work(int worker);
+  bool Join();
   void Claim(int worker);
 
-  // The work at hand; written by the caller before it opens a generation.
+  static constexpr uint32_t kOpen = uint32_t{1} << 31;
+
+  // The work at hand. Written by the caller while state_ is 0, read by workers that have joined.
   Call call_ = nullptr;
   const void* context_ = nullptr;
   int64_t tasks_ = 0;
   std::atomic<int64_t> next_task_{0};
-  std::atomic<uint32_t> generation_{0};
-  std::atomic<uint32_t> busy_{0};
+  // kOpen while workers may join, plus how many are at work. The caller waits only for those: a
+  // worker that the system has not woken in time is not missed.
+  std::atomic<uint32_t> state_{0};
+  std::atomic<uint32_t> generation_{0};  // changes when there is something to join
   std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;
 };

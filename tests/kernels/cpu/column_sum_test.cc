@@ -44,7 +44,6 @@ struct Prompt {
   // score [Hk][tokens] after chunks that end at `borders`.
   std::vector<std::vector<float>> Run(const std::vector<int32_t>& borders) {
     const SlotView score = MakeSlots(device, cache);
-    ForEachSlot(score, [](float& slot) { slot = 0; });
     float* const log_sum_exp = device.Room<float>(int64_t{tokens} * heads);
     int32_t first = 0;
     for (int32_t border : borders) {

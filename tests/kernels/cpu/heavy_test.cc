@@ -75,7 +75,6 @@ TEST(PruneHeavy, KeepsTheHeavyAndTheRecentInTheirSlots) {
         for (int32_t t = 0; t < tokens; ++t) {
           // Few different values, so that ties are common.
           ScoreAt(score, 1, t, head) = static_cast<float>(random.Uniform(6));
-          PositionAt(position, 1, t, head) = t;
           kept[head].score[t] = ScoreAt(score, 1, t, head);
         }
         kept[head].Drop(heavy, recent, tokens - 1);
