@@ -1,0 +1,70 @@
+// `kvsweep expand`: the matrix of a spec.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <string>
+
+#include "cli/commands.h"
+#include "cli/exit_code.h"
+#include "cli/expansion.h"
+#include "cli/flags.h"
+#include "cli/table_format.h"
+#include "experiments/matrix.h"
+
+namespace kvsweep {
+namespace {
+
+constexpr char kDescription[] =
+    "Shows what a spec expands to: counts, and the list of its arms, cells, rounds or trials.";
+
+constexpr char kExample[] =
+    "Example:\n"
+    "  kvsweep expand experiments/specs/quickstart.yaml\n"
+    "  kvsweep expand experiments/specs/quickstart.yaml --list trials --output csv\n";
+
+struct Flags {
+  SpecFlags spec;
+  std::string list = "cells";
+  uint64_t limit = 1000;
+  std::string output;
+};
+
+Table ListOf(const Flags& flags, const Matrix& matrix) {
+  if (flags.list == "arms") return ArmsTable(matrix);
+  if (flags.list == "rounds") return RoundsTable(matrix, flags.limit);
+  if (flags.list == "trials") return TrialsTable(matrix, flags.limit);
+  return CellsTable(matrix, flags.limit);
+}
+
+int Run(const Flags& flags) {
+  const absl::StatusOr<LoadedExperiment> loaded = LoadSpec(flags.spec);
+  if (!loaded.ok()) return FailSpec(loaded.status());
+  const absl::StatusOr<Matrix> matrix = Matrix::Create(loaded->experiment, loaded->resolved.inputs);
+  if (!matrix.ok()) return FailSpec(matrix.status());
+  const ReportFormat format = OutputFormat(flags.output);
+  if (format == ReportFormat::kTable || format == ReportFormat::kMarkdown) {
+    std::printf("%s: %s\n\n", loaded->experiment.name().c_str(), FormatCounts(*matrix).c_str());
+  }
+  const Table table = ListOf(flags, *matrix);
+  std::fputs(FormatTable(table, format).c_str(), stdout);
+  if (table.truncated) {
+    std::fprintf(stderr, "the first %zu; --limit shows more\n", table.rows.size());
+  }
+  return kExitOk;
+}
+
+}  // namespace
+
+void AddExpandCommand(CLI::App& app, int* exit_code) {
+  CLI::App* command = app.add_subcommand("expand", kDescription);
+  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  auto flags = std::make_shared<Flags>();
+  AddSpecFlags(*command, &flags->spec);
+  command->add_option("--list", flags->list, "arms, cells, rounds or trials")
+      ->check(CLI::IsMember({"arms", "cells", "rounds", "trials"}))
+      ->capture_default_str();
+  command->add_option("--limit", flags->limit, "Rows at most")->capture_default_str();
+  AddOutputFlag(*command, &flags->output);
+  command->callback([flags, exit_code] { *exit_code = Run(*flags); });
+}
+
+}  // namespace kvsweep

@@ -1,0 +1,60 @@
+// kvsweep: the command line. See cli/commands.h.
+#include <CLI/CLI.hpp>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "base/version.h"
+#include "cli/commands.h"
+#include "cli/exit_code.h"
+
+namespace kvsweep {
+namespace {
+
+constexpr char kDescription[] =
+    "Compares KV-cache strategies: which one wins, where, by how much, how sure, at what cost in "
+    "quality.";
+
+constexpr char kExample[] =
+    "Example:\n"
+    "  kvsweep run experiments/specs/quickstart.yaml     # everything on this machine\n"
+    "  kvsweep compare                                   # the comparison again\n"
+    "`kvsweep COMMAND --help` has an example for each command.\n";
+
+std::string VersionText() {
+  const BuildInfo& build = GetBuildInfo();
+  return absl::StrCat("kvsweep ", build.version, " (", build.commit, ")\n", build.compiler, ", ",
+                      build.flags, "\nrunner build ", build.runner_digest);
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app(kDescription, "kvsweep");
+  app.footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  app.set_version_flag("--version", VersionText());
+  app.require_subcommand(1);
+  int exit_code = kExitUsage;
+  AddRunCommand(app, &exit_code);
+  AddCompareCommand(app, &exit_code);
+  AddSpecCommand(app, &exit_code);
+  AddValidateCommand(app, &exit_code);
+  AddExpandCommand(app, &exit_code);
+  AddListCommand(app, &exit_code);
+  AddShowCommand(app, &exit_code);
+  AddLogsCommand(app, &exit_code);
+  AddQueryCommand(app, &exit_code);
+  AddSubmitCommand(app, &exit_code);
+  AddWatchCommand(app, &exit_code);
+  AddCancelCommand(app, &exit_code);
+  AddWorkersCommand(app, &exit_code);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    // 0 is --help and --version; the library's other codes are all one to us.
+    return app.exit(error) == 0 ? kExitOk : kExitUsage;
+  }
+  return exit_code;
+}
+
+}  // namespace
+}  // namespace kvsweep
+
+int main(int argc, char** argv) { return kvsweep::Main(argc, argv); }
