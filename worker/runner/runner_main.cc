@@ -105,12 +105,17 @@ class Inbox {
 
   void Take(ToRunner frame) {
     switch (frame.body_case()) {
-      case ToRunner::kRun:
+      case ToRunner::kRun: {
+        // A cancel that came before was for an earlier execution: a round that was taken away may
+        // come back, with the same trials.
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (cancelled_ == frame.run().trial_id()) cancelled_.reset();
         if (!trials_.TryPush(std::move(*frame.mutable_run()))) {
           LogError("more trials than one at a time");
           std::_Exit(1);
         }
         break;
+      }
       case ToRunner::kCancel: {
         const std::lock_guard<std::mutex> lock(mutex_);
         cancelled_ = frame.cancel().trial_id();

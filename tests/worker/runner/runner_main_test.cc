@@ -121,6 +121,15 @@ TEST_F(RunnerMainTest, ServesTrialAfterTrialAndCancels) {
   ASSERT_TRUE(runner_->Send(cancel).ok());
   Await([this] { return IsDone(3); });
   EXPECT_EQ(Records(3).back().outcome().outcome(), OUTCOME_CANCELLED);
+
+  // A round that was taken away comes back: the cancellation was not for this execution.
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    frames_.clear();
+  }
+  ASSERT_TRUE(runner_->Send(Run(3, 8)).ok());
+  Await([this] { return IsDone(3); });
+  EXPECT_EQ(Records(3).back().outcome().outcome(), OUTCOME_OK);
 }
 
 TEST_F(RunnerMainTest, EndsWhenItIsToldTo) {
