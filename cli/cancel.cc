@@ -33,9 +33,7 @@ void AddCancelCommand(CLI::App& app, int* exit_code) {
   command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
   auto coordinator = std::make_shared<std::string>();
   auto experiment = std::make_shared<std::string>();
-  command->add_option("experiment", *experiment, "Its number or name")
-      ->required()
-      ->type_name("EXPERIMENT");
+  command->add_option("EXPERIMENT", *experiment, "Its number or name")->required();
   AddCoordinatorFlag(*command, coordinator.get());
   command->callback([=] {
     const absl::StatusOr<Source> source = OpenSource({.store = "", .coordinator = *coordinator});

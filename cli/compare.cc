@@ -55,10 +55,8 @@ void AddCompareCommand(CLI::App& app, int* exit_code) {
   CLI::App* command = app.add_subcommand("compare", kDescription);
   command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
   auto flags = std::make_shared<Flags>();
-  command
-      ->add_option("experiment", flags->experiment,
-                   "Its number, or its name (the newest of that name); by default the newest")
-      ->type_name("EXPERIMENT");
+  command->add_option("EXPERIMENT", flags->experiment,
+                      "Its number, or its name (the newest of that name); by default the newest");
   command->add_option("--metrics", flags->metrics, "Metrics to show, separated by commas")
       ->delimiter(',')
       ->allow_extra_args(false)

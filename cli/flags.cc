@@ -18,9 +18,8 @@ void AddOverrideFlag(CLI::App& command, std::vector<std::string>* overrides) {
 }
 
 void AddSpecFlags(CLI::App& command, SpecFlags* flags) {
-  command.add_option("spec", flags->path, "Experiment in YAML or JSON; `kvsweep spec` explains it")
-      ->required()
-      ->type_name("SPEC");
+  command.add_option("SPEC", flags->path, "Experiment in YAML or JSON; `kvsweep spec` explains it")
+      ->required();
   AddOverrideFlag(command, &flags->overrides);
 }
 

@@ -1,8 +1,14 @@
 // kvsweep: the command line. See cli/commands.h.
 #include <CLI/CLI.hpp>
+#include <cstdio>
+#include <optional>
 #include <string>
+#include <vector>
 
+#include "absl/algorithm/container.h"
+#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "base/text.h"
 #include "base/version.h"
 #include "cli/commands.h"
 #include "cli/exit_code.h"
@@ -26,6 +32,20 @@ std::string VersionText() {
                       build.flags, "\nrunner build ", build.runner_digest);
 }
 
+std::vector<std::string> CommandNames(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands({})) names.push_back(command->get_name());
+  return names;
+}
+
+int FailUnknownCommand(const std::string& name, const std::vector<std::string>& names) {
+  const std::optional<std::string> nearest = NearestName(name, names);
+  return Fail(absl::InvalidArgumentError(
+      absl::StrCat("unknown command \"", name, "\"",
+                   nearest ? absl::StrCat("; did you mean \"", *nearest, "\"?")
+                           : std::string("; `kvsweep --help` lists them"))));
+}
+
 int Main(int argc, char** argv) {
   CLI::App app(kDescription, "kvsweep");
   app.footer(std::string(kExample) + "\n" + kExitCodesHelp);
@@ -45,6 +65,14 @@ int Main(int argc, char** argv) {
   AddWatchCommand(app, &exit_code);
   AddCancelCommand(app, &exit_code);
   AddWorkersCommand(app, &exit_code);
+  if (argc < 2) {
+    std::fputs(app.help().c_str(), stderr);
+    return kExitUsage;
+  }
+  const std::vector<std::string> names = CommandNames(app);
+  if (argv[1][0] != '-' && !absl::c_linear_search(names, argv[1])) {
+    return FailUnknownCommand(argv[1], names);
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -32,7 +32,7 @@ void AddLogsCommand(CLI::App& app, int* exit_code) {
   command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
   auto source_flags = std::make_shared<SourceFlags>();
   auto trial = std::make_shared<std::string>();
-  command->add_option("trial", *trial, "Its number")->required()->type_name("TRIAL");
+  command->add_option("TRIAL", *trial, "Its number")->required();
   AddSourceFlags(*command, source_flags.get());
   command->callback([=] {
     const absl::StatusOr<Source> source = OpenSource(*source_flags);

@@ -116,25 +116,34 @@ LocalWorkerOptions WorkerOptionsOf(const Flags& flags, const LoadedExperiment& l
   return options;
 }
 
+absl::StatusOr<int64_t> CountLeases(TableSource& tables) {
+  ASSIGN_OR_RETURN(const Table table, tables.Run("SELECT count(*) FROM v_attempts", QueryLimits()));
+  return IntAt(table, 0, 0);
+}
+
 // Runs the experiment as far as it goes. Cancelled: interrupted, perhaps before it had an id.
 absl::Status RunToEnd(const Flags& flags, const LoadedExperiment& loaded, TableSource& tables,
                       LocalCluster& cluster, Interrupt& interrupt, ProgressDisplay* display,
                       std::optional<ExperimentId>* experiment) {
-  Clock& clock = RealClock::Get();
   SubmitRequest request = MakeSubmitRequest(loaded, flags.reuse);
   const std::string where = absl::StrCat("threads ", flags.threads);
   ASSIGN_OR_RETURN(const std::string client_id,
                    NextTry(tables, DeriveClientId(loaded, flags.reuse, kClientPrefix, where)));
   request.set_client_id(client_id);
+  ASSIGN_OR_RETURN(const int64_t leases_before, CountLeases(tables));
   RETURN_IF_ERROR(CancelLeftovers(cluster, tables, client_id, display));
   // The worker first: which stored rounds may answer depends on the device that it has.
   RETURN_IF_ERROR(cluster.StartWorker(WorkerOptionsOf(flags, loaded), interrupt).status());
   ASSIGN_OR_RETURN(const SubmitReply reply, SubmitWithFiles(cluster.client(), loaded, request));
   *experiment = ExperimentId(reply.experiment_id());
   interrupt.OnSignal([&cluster] { cluster.client().Interrupt(); });
-  const absl::Status status = Follow(cluster.client(), tables, **experiment, display, clock);
+  const absl::Status status =
+      Follow(cluster.client(), tables, **experiment, display, RealClock::Get());
   interrupt.OnSignal(nullptr);
-  return status;
+  RETURN_IF_ERROR(status);
+  ASSIGN_OR_RETURN(const int64_t leases_after, CountLeases(tables));
+  if (leases_after == leases_before) display->Say("the store had all of it: nothing was run");
+  return absl::OkStatus();
 }
 
 // Prints the comparison, and on stderr how it went and where to look further.

@@ -147,7 +147,7 @@ void AddShowCommand(CLI::App& app, int* exit_code) {
   CLI::App* command = app.add_subcommand("show", kDescription);
   command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
   auto flags = std::make_shared<Flags>();
-  command->add_option("trial", flags->trial, "Its number")->required()->type_name("TRIAL");
+  command->add_option("TRIAL", flags->trial, "Its number")->required();
   command->add_option("-o,--output", flags->output, "text, json (everything) or vllm (flat keys)")
       ->check(CLI::IsMember({"text", "json", "vllm"}))
       ->type_name("FORMAT")

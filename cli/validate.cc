@@ -54,9 +54,7 @@ void AddValidateCommand(CLI::App& app, int* exit_code) {
   command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
   auto paths = std::make_shared<std::vector<std::string>>();
   auto overrides = std::make_shared<std::vector<std::string>>();
-  command->add_option("specs", *paths, "Experiments in YAML or JSON")
-      ->required()
-      ->type_name("SPEC");
+  command->add_option("SPEC", *paths, "Experiments in YAML or JSON")->required();
   AddOverrideFlag(*command, overrides.get());
   command->callback([paths, overrides, exit_code] { *exit_code = Run(*paths, *overrides); });
 }

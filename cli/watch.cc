@@ -61,10 +61,8 @@ void AddWatchCommand(CLI::App& app, int* exit_code) {
   command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
   auto coordinator = std::make_shared<std::string>();
   auto experiment = std::make_shared<std::string>();
-  command
-      ->add_option("experiment", *experiment,
-                   "Its number, or its name (the newest of that name); by default the newest")
-      ->type_name("EXPERIMENT");
+  command->add_option("EXPERIMENT", *experiment,
+                      "Its number, or its name (the newest of that name); by default the newest");
   AddCoordinatorFlag(*command, coordinator.get());
   command->callback([=] { *exit_code = Run(*coordinator, *experiment); });
 }
