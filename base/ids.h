@@ -46,7 +46,7 @@ using TrialId = StrongId<struct TrialIdTag, uint64_t>;
 // One lease of a round to one slot. Only grows; the fencing token of the store.
 using Attempt = StrongId<struct AttemptTag, uint64_t>;
 
-// Position of a measurement among those of its trial and attempt, from 0 without gaps.
+// Position of a measurement among those of its attempt, from 1 without gaps.
 using Sequence = StrongId<struct SequenceTag, uint64_t>;
 
 using WorkerId = StrongId<struct WorkerIdTag, std::string>;
