@@ -283,7 +283,8 @@ class Storm {
   Storm(Cluster& cluster, uint64_t seed) : cluster_(cluster), random_(seed) {}
 
   void Strike() {
-    Pause(static_cast<int64_t>(random_.Uniform(800)) * kNsPerMs);
+    Pause(static_cast<int64_t>(random_.Uniform(1000)) * kNsPerMs);
+    if (MostLeases() >= kLeasesToStrike) return;
     const std::string worker = random_.Bernoulli(0.5) ? "a" : "b";
     switch (random_.Uniform(9)) {
       case 0:
@@ -309,6 +310,15 @@ class Storm {
   std::string Counts() const { return absl::StrJoin(strikes_, ", ", absl::PairFormatter(" ")); }
 
  private:
+  // A round that was leased so often is left in peace: after 16 leases it would be given up.
+  static constexpr int64_t kLeasesToStrike = 10;
+
+  int64_t MostLeases() const {
+    return cluster_.store().Number(
+        "SELECT max(leases) FROM (SELECT count(*) AS leases FROM v_attempts a JOIN v_rounds r "
+        "ON r.round_id = a.round_id WHERE r.state IN ('queued', 'running') GROUP BY a.round_id)");
+  }
+
   void Restart(const std::string& what, bool coordinator, const std::vector<std::string>& workers) {
     if (coordinator) cluster_.KillCoordinator();
     for (const std::string& worker : workers) cluster_.KillWorker(worker);
