@@ -13,10 +13,12 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Cancels the rounds of an experiment that have not ended; what was measured stays.";
+constexpr char kSummary[] = "Cancels the rounds of an experiment that have not ended.";
 
-constexpr char kExample[] = "Example:\n  kvsweep cancel 3 --coordinator 127.0.0.1:7470\n";
+constexpr char kMore[] =
+    "What was measured stays.\n"
+    "\n"
+    "Example:\n  kvsweep cancel 3 --coordinator 127.0.0.1:7470\n";
 
 absl::Status Cancel(const Source& source, const std::string& name) {
   ASSIGN_OR_RETURN(const ExperimentId experiment, FindExperiment(*source.tables, name));
@@ -29,8 +31,7 @@ absl::Status Cancel(const Source& source, const std::string& name) {
 }  // namespace
 
 void AddCancelCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("cancel", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "cancel", kSummary, kMore);
   auto coordinator = std::make_shared<std::string>();
   auto experiment = std::make_shared<std::string>();
   command->add_option("EXPERIMENT", *experiment, "Its number or name")->required();

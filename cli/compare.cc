@@ -14,12 +14,13 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Compares the arms of an experiment, cell by cell: each arm with its interval over repeats, "
-    "its paired difference to the reference with its interval, quality and engagement in the same "
-    "row. An experiment that still runs is compared as far as it is.";
+constexpr char kSummary[] = "Compares the arms of an experiment, cell by cell.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
+    "Each arm with its interval over repeats, its paired difference to the reference with its "
+    "interval, quality and\n"
+    "engagement in the same row. An experiment that still runs is compared as far as it is.\n"
+    "\n"
     "Example:\n"
     "  kvsweep compare                       # the newest experiment of kvsweep.db\n"
     "  kvsweep compare quickstart --metrics p99_ttft_ms,output_throughput --output markdown\n"
@@ -52,8 +53,7 @@ int Run(const Flags& flags) {
 }  // namespace
 
 void AddCompareCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("compare", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "compare", kSummary, kMore);
   auto flags = std::make_shared<Flags>();
   command->add_option("EXPERIMENT", flags->experiment,
                       "Its number, or its name (the newest of that name); by default the newest");

@@ -13,10 +13,11 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Shows what a spec expands to: counts, and the list of its arms, cells, rounds or trials.";
+constexpr char kSummary[] = "Shows what a spec expands to.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
+    "Counts, and the list of its arms, cells, rounds or trials. Nothing is run.\n"
+    "\n"
     "Example:\n"
     "  kvsweep expand experiments/specs/quickstart.yaml\n"
     "  kvsweep expand experiments/specs/quickstart.yaml --list trials --output csv\n";
@@ -55,8 +56,7 @@ int Run(const Flags& flags) {
 }  // namespace
 
 void AddExpandCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("expand", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "expand", kSummary, kMore);
   auto flags = std::make_shared<Flags>();
   AddSpecFlags(*command, &flags->spec);
   command->add_option("--list", flags->list, "arms, cells, rounds or trials")

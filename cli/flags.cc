@@ -5,8 +5,16 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "cli/exit_code.h"
 
 namespace kvsweep {
+
+CLI::App* AddCommand(CLI::App& app, const std::string& name, const std::string& summary,
+                     const std::string& more) {
+  CLI::App* command = app.add_subcommand(name, summary);
+  command->footer(absl::StrCat(more, "\n", kExitCodesHelp));
+  return command;
+}
 
 void AddOverrideFlag(CLI::App& command, std::vector<std::string>* overrides) {
   command

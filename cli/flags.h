@@ -16,6 +16,11 @@ class App;
 
 namespace kvsweep {
 
+// Adds a command: one sentence for the list of commands; then, below its flags, `more` (details and
+// an example) and the exit codes.
+CLI::App* AddCommand(CLI::App& app, const std::string& name, const std::string& summary,
+                     const std::string& more);
+
 // SPEC and -S key=value.
 struct SpecFlags {
   std::string path;

@@ -10,10 +10,10 @@
 
 namespace kvsweep {
 
-// Ctrl-C and SIGTERM as a call instead of a death, for as long as this object lives. The signals
-// are blocked in this thread and in those it starts from now on, and taken by a thread of their
-// own, so that no code runs inside a signal handler. Make it before any other thread. The second
-// signal ends the process at once.
+// Ctrl-C, SIGTERM and the end of the terminal as a call instead of a death, for as long as this
+// object lives. The signals are blocked in this thread and in those it starts from now on, and
+// taken by a thread of their own, so that no code runs inside a signal handler. Make it before any
+// other thread. The second signal ends the process at once.
 class Interrupt {
  public:
   Interrupt();

@@ -12,9 +12,9 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] = "Lists the experiments of a store, newest first.";
+constexpr char kSummary[] = "Lists the experiments of a store, newest first.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
     "Example:\n"
     "  kvsweep list\n"
     "  kvsweep list --coordinator 127.0.0.1:7470 --output json\n";
@@ -37,8 +37,7 @@ int Run(const Flags& flags) {
 }  // namespace
 
 void AddListCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("list", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "list", kSummary, kMore);
   auto flags = std::make_shared<Flags>();
   command->add_option("--limit", flags->limit, "Rows at most")
       ->check(CLI::Range(1, 100'000))

@@ -12,11 +12,13 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Prints what happened to a trial's round (leases, failures, repetitions) and, if the runner "
-    "crashed, the end of its log.";
+constexpr char kSummary[] = "Prints what happened to a trial.";
 
-constexpr char kExample[] = "Example:\n  kvsweep logs 7\n";
+constexpr char kMore[] =
+    "The leases, failures and repetitions of its round and, if the runner crashed, the end of its "
+    "log.\n"
+    "\n"
+    "Example:\n  kvsweep logs 7\n";
 
 absl::Status Print(TableSource& tables, const std::string& text) {
   ASSIGN_OR_RETURN(const TrialId trial, ParseTrial(text));
@@ -28,8 +30,7 @@ absl::Status Print(TableSource& tables, const std::string& text) {
 }  // namespace
 
 void AddLogsCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("logs", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "logs", kSummary, kMore);
   auto source_flags = std::make_shared<SourceFlags>();
   auto trial = std::make_shared<std::string>();
   command->add_option("TRIAL", *trial, "Its number")->required();

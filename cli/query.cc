@@ -13,11 +13,13 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Asks the store in SQL (read only): v_trials has a row for each trial with what was asked, "
-    "where it ran, what came out and every metric; docs/STORAGE.md describes all views.";
+constexpr char kSummary[] = "Asks the store in SQL, read only.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
+    "v_trials has a row for each trial with what was asked, where it ran, what came out and every "
+    "metric;\n"
+    "docs/STORAGE.md describes all views.\n"
+    "\n"
     "Example:\n"
     "  kvsweep query --sql \"SELECT arm, cell, avg(p99_ttft_ms) FROM v_trials GROUP BY arm, "
     "cell\"\n"
@@ -48,8 +50,7 @@ int Run(const Flags& flags) {
 }  // namespace
 
 void AddQueryCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("query", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "query", kSummary, kMore);
   auto flags = std::make_shared<Flags>();
   command->add_option("--sql", flags->sql, "One SELECT")->required()->type_name("SELECT");
   command->add_option("--limit", flags->limit, "Rows at most")

@@ -31,12 +31,14 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Runs an experiment on this machine, from the spec to the comparison: coordinator and worker "
-    "in this process, the runner as a child, results in one store file. Trials that the store "
-    "holds already are not run again; after Ctrl-C the same command goes on where it stopped.";
+constexpr char kSummary[] = "Runs an experiment on this machine, from the spec to the comparison.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
+    "Coordinator and worker are in this process, the runner is a child, results are in one store "
+    "file. Trials that the\n"
+    "store holds already are not run again; after Ctrl-C the same command goes on where it "
+    "stopped.\n"
+    "\n"
     "Example:\n"
     "  kvsweep run experiments/specs/quickstart.yaml\n"
     "  kvsweep run experiments/specs/quickstart.yaml -S repeats=1 --store try.db\n";
@@ -211,8 +213,7 @@ int Run(const Flags& flags) {
 }  // namespace
 
 void AddRunCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("run", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "run", kSummary, kMore);
   auto flags = std::make_shared<Flags>();
   AddSpecFlags(*command, &flags->spec);
   command->add_option("--store", flags->store, "Store file; made if missing")

@@ -22,11 +22,13 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr char kDescription[] =
-    "Shows a trial: what was asked, where and by what it was measured, how it ended with the "
-    "evidence, and its metrics in the console block of vLLM's benchmark.";
+constexpr char kSummary[] = "Shows one trial.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
+    "What was asked, where and by what it was measured, how it ended with the evidence, and its "
+    "metrics in the console\n"
+    "block of vLLM's benchmark.\n"
+    "\n"
     "Example:\n"
     "  kvsweep show 7\n"
     "  kvsweep show 7 --output vllm > result.json   # the flat keys of vLLM's benchmark\n"
@@ -144,8 +146,7 @@ int Run(const Flags& flags) {
 }  // namespace
 
 void AddShowCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("show", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "show", kSummary, kMore);
   auto flags = std::make_shared<Flags>();
   command->add_option("TRIAL", flags->trial, "Its number")->required();
   command->add_option("-o,--output", flags->output, "text, json (everything) or vllm (flat keys)")

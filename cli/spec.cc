@@ -5,6 +5,7 @@
 
 #include "cli/commands.h"
 #include "cli/exit_code.h"
+#include "cli/flags.h"
 #include "experiments/metrics.h"
 #include "proto/experiment.pb.h"
 #include "proto/schema.h"
@@ -12,10 +13,10 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
+constexpr char kSummary[] =
     "Prints the reference of the spec: every field with type, unit, range, default and meaning.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
     "Example:\n"
     "  kvsweep spec | less\n"
     "  kvsweep spec --json-schema > kvsweep.schema.json   # for editors\n";
@@ -43,8 +44,7 @@ int Run(const Flags& flags) {
 }  // namespace
 
 void AddSpecCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("spec", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "spec", kSummary, kMore);
   auto flags = std::make_shared<Flags>();
   CLI::Option* schema =
       command->add_flag("--json-schema", flags->json_schema, "As JSON Schema (draft 2020-12)");

@@ -16,11 +16,13 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Hands an experiment to a running coordinator, with the files that it lacks, and prints its "
-    "number. Submitting the same again gives the same number and runs nothing twice.";
+constexpr char kSummary[] = "Hands an experiment to a running coordinator.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
+    "Files that the coordinator lacks are sent along. Prints the experiment's number; submitting "
+    "the same again gives the\n"
+    "same number and runs nothing twice.\n"
+    "\n"
     "Example:\n"
     "  id=$(kvsweep submit experiments/specs/quickstart.yaml --coordinator 127.0.0.1:7470)\n"
     "  kvsweep watch $id\n";
@@ -67,8 +69,7 @@ int Run(const Flags& flags) {
 }  // namespace
 
 void AddSubmitCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("submit", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "submit", kSummary, kMore);
   auto flags = std::make_shared<Flags>();
   AddSpecFlags(*command, &flags->spec);
   AddCoordinatorFlag(*command, &flags->coordinator);

@@ -16,11 +16,13 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Checks specs: every field, what the fields mean together, every cell and arm of the matrix, "
-    "and that all files are there. Prints each problem with its place and what to do.";
+constexpr char kSummary[] = "Checks specs and the files that they name.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
+    "Every field, what the fields mean together, every cell and arm of the matrix. Each problem is "
+    "printed with its\n"
+    "place and what to do.\n"
+    "\n"
     "Example:\n"
     "  kvsweep validate experiments/specs/*.yaml\n"
     "  kvsweep validate experiments/specs/quickstart.yaml -S kv.device_bytes=64MiB\n";
@@ -50,8 +52,7 @@ int Run(const std::vector<std::string>& paths, const std::vector<std::string>& o
 }  // namespace
 
 void AddValidateCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("validate", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "validate", kSummary, kMore);
   auto paths = std::make_shared<std::vector<std::string>>();
   auto overrides = std::make_shared<std::vector<std::string>>();
   command->add_option("SPEC", *paths, "Experiments in YAML or JSON")->required();

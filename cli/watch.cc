@@ -17,11 +17,12 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Shows an experiment live until it has finished: progress, what runs, why nothing runs, every "
-    "failure as it happens. Ctrl-C ends the watching, not the experiment.";
+constexpr char kSummary[] = "Shows an experiment live until it has finished.";
 
-constexpr char kExample[] =
+constexpr char kMore[] =
+    "Progress, what runs, why nothing runs, every failure as it happens. Ctrl-C ends the watching, "
+    "not the experiment.\n"
+    "\n"
     "Example:\n"
     "  kvsweep watch 3 --coordinator 127.0.0.1:7470 && kvsweep compare 3 --coordinator "
     "127.0.0.1:7470\n";
@@ -57,8 +58,7 @@ int Run(const std::string& coordinator, const std::string& experiment) {
 }  // namespace
 
 void AddWatchCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("watch", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "watch", kSummary, kMore);
   auto coordinator = std::make_shared<std::string>();
   auto experiment = std::make_shared<std::string>();
   command->add_option("EXPERIMENT", *experiment,

@@ -12,11 +12,12 @@
 namespace kvsweep {
 namespace {
 
-constexpr char kDescription[] =
-    "Lists the workers of a coordinator: whether they are connected and willing, their slots and "
-    "what runs on them.";
+constexpr char kSummary[] = "Lists the workers of a coordinator.";
 
-constexpr char kExample[] = "Example:\n  kvsweep workers --coordinator 127.0.0.1:7470\n";
+constexpr char kMore[] =
+    "Whether they are connected and willing, their slots and what runs on them.\n"
+    "\n"
+    "Example:\n  kvsweep workers --coordinator 127.0.0.1:7470\n";
 
 int Run(const std::string& coordinator, const std::string& output) {
   const absl::StatusOr<std::unique_ptr<ControlClient>> client = ControlClient::Dial(coordinator);
@@ -30,8 +31,7 @@ int Run(const std::string& coordinator, const std::string& output) {
 }  // namespace
 
 void AddWorkersCommand(CLI::App& app, int* exit_code) {
-  CLI::App* command = app.add_subcommand("workers", kDescription);
-  command->footer(std::string(kExample) + "\n" + kExitCodesHelp);
+  CLI::App* command = AddCommand(app, "workers", kSummary, kMore);
   auto coordinator = std::make_shared<std::string>();
   auto output = std::make_shared<std::string>();
   AddCoordinatorFlag(*command, coordinator.get());
