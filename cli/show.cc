@@ -109,12 +109,17 @@ std::string FormatShown(const Json& shown) {
 }
 
 absl::Status ShowRequests(const Flags& flags, TableSource& tables, TrialId trial) {
+  // The packed token times are for programs.
+  const bool text = flags.output == "text";
+  const char* columns = text ? "request_index AS request, status, prompt_tokens, output_tokens, "
+                               "scheduled_ns, first_token_ns, finished_ns, preemptions, "
+                               "tokens_evicted, entries_fetched, engaged, output_digest"
+                             : "*";
   ASSIGN_OR_RETURN(const Table table,
-                   tables.Run(absl::StrCat("SELECT * FROM v_requests WHERE trial_id = ",
+                   tables.Run(absl::StrCat("SELECT ", columns, " FROM v_requests WHERE trial_id = ",
                                            trial.value(), " ORDER BY request_index"),
                               QueryLimits()));
-  const bool json = flags.output != "text";
-  std::fputs(FormatTable(table, json ? ReportFormat::kJson : ReportFormat::kTable).c_str(), stdout);
+  std::fputs(FormatTable(table, text ? ReportFormat::kTable : ReportFormat::kJson).c_str(), stdout);
   return absl::OkStatus();
 }
 

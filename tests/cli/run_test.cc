@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
-#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
@@ -37,6 +36,20 @@ class RunTest : public testing::Test {
 
   ProcessResult Run(const std::vector<std::string>& more) const {
     return RunProgram("kvsweep", RunArguments(more));
+  }
+
+  // Ctrl-C as soon as a round is in the store.
+  ProcessResult RunAndInterrupt(const std::vector<std::string>& more) const {
+    Process running("kvsweep", RunArguments(more));
+    const auto has_rounds = [&] {
+      const ProcessResult asked =
+          RunProgram("kvsweep", {"query", "--store", store(), "--output", "csv", "--sql",
+                                 "SELECT count(*) FROM v_rounds WHERE state = 'done'"});
+      return asked.exit_code == 0 && !absl::StrContains(asked.out, "\r\n0\r\n");
+    };
+    while (!has_rounds()) RealClock::Get().SleepUntilNs(RealClock::Get().NowNs() + 20 * kNsPerMs);
+    running.Signal(SIGINT);
+    return running.Wait();
   }
 
   // The first value that the store answers, as a number.
@@ -133,16 +146,7 @@ TEST_F(RunTest, DryRunMakesNoStore) {
 // round is measured twice.
 TEST_F(RunTest, GoesOnAfterCtrlC) {
   const std::vector<std::string> more = {"-S", "repeats=60"};
-  Process running("kvsweep", RunArguments(more));
-  const auto rounds_done = [&] {
-    const ProcessResult asked =
-        RunProgram("kvsweep", {"query", "--store", store(), "--output", "csv", "--sql",
-                               "SELECT count(*) FROM v_rounds WHERE state = 'done'"});
-    return asked.exit_code == 0 && !absl::StrContains(asked.out, "\r\n0\r\n");
-  };
-  while (!rounds_done()) RealClock::Get().SleepUntilNs(RealClock::Get().NowNs() + 20 * kNsPerMs);
-  running.Signal(SIGINT);
-  const ProcessResult stopped = running.Wait();
+  const ProcessResult stopped = RunAndInterrupt(more);
   ASSERT_EQ(stopped.exit_code, 130) << stopped.err;
   EXPECT_TRUE(absl::StrContains(stopped.out, "paged")) << stopped.out;
   const int64_t before = Ask("SELECT count(*) FROM v_rounds WHERE state = 'done'");
@@ -154,6 +158,28 @@ TEST_F(RunTest, GoesOnAfterCtrlC) {
   EXPECT_EQ(Ask("SELECT count(*) FROM v_experiments"), 1);
   EXPECT_EQ(Ask("SELECT count(*) FROM v_rounds WHERE state = 'done'"), 120);
   EXPECT_EQ(Ask("SELECT count(*) FROM v_attempts WHERE state = 'accepted'"), 120);
+}
+
+// What was left unfinished does not stand in the way of another spec, and is not lost.
+TEST_F(RunTest, AnotherSpecCancelsWhatWasLeft) {
+  ASSERT_EQ(RunAndInterrupt({"-S", "repeats=60"}).exit_code, 130);
+  const int64_t kept = Ask("SELECT count(*) FROM v_rounds WHERE state = 'done'");
+  const ProcessResult other = Run({"-S", "repeats=1", "-S", "name=other"});
+  EXPECT_EQ(other.exit_code, 0) << other.err;
+  EXPECT_TRUE(absl::StrContains(other.err, "left unfinished and is cancelled")) << other.err;
+  EXPECT_EQ(Ask("SELECT count(*) FROM v_rounds WHERE state IN ('queued', 'running')"), 0);
+
+  const ProcessResult again = Run({"-S", "repeats=60"});
+  EXPECT_EQ(again.exit_code, 0) << again.err;
+  EXPECT_GE(Ask("SELECT served FROM v_experiments ORDER BY experiment_id DESC LIMIT 1"), kept);
+}
+
+// No memory for anyone is a result, said at once.
+TEST_F(RunTest, OutOfMemoryIsAResult) {
+  const ProcessResult result = Run({"-S", "repeats=1", "-S", "kv.device_bytes=4KiB"});
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_TRUE(absl::StrContains(result.err, "repeat 0: oom: ")) << result.err;
+  EXPECT_EQ(Ask("SELECT count(*) FROM v_trials WHERE outcome = 'oom'"), 4);
 }
 
 TEST_F(RunTest, NamesARunnerThatCannotStart) {
