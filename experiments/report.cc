@@ -53,7 +53,10 @@ using Trials = std::vector<const TrialResult*>;
 // order.
 TrialContext MostFrequentContext(const Trials& trials) {
   std::map<TrialContext, size_t> counts;
-  for (const TrialResult* trial : trials) ++counts[trial->context];
+  for (const TrialResult* trial : trials) {
+    // A trial that died before it measured has none.
+    if (!trial->context.backend.empty()) ++counts[trial->context];
+  }
   TrialContext best;
   size_t most = 0;
   for (const auto& [context, count] : counts) {

@@ -47,6 +47,7 @@ SELECT t.trial_id, r.experiment_id, e.name AS experiment, t.round_id, r.cell_ind
        CASE WHEN r.state = 'poisoned' AND (r.poisoned_trial_id IS NULL OR
                                            r.poisoned_trial_id = t.trial_id) THEN 'poisoned'
             WHEN r.state IN ('cancelled', 'poisoned') THEN 'cancelled'
+            WHEN r.state = 'failed' AND s.outcome IS NULL THEN 'crashed'
             ELSE s.outcome END AS outcome,
        coalesce(s.evidence, r.reason) AS evidence,
        s.duration_ns, s.engagement, s.backend, s.device, s.device_class, s.driver, s.time_mode,

@@ -1,6 +1,7 @@
 #include "worker/engine/calibration.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -94,8 +95,12 @@ absl::StatusOr<std::shared_ptr<const Skewing>> RunCalibration(Backend* backend,
                                                               const LoadedModel* model,
                                                               std::span<const int32_t> ids) {
   const auto tokens = static_cast<int32_t>(ids.size());
-  const EngineOptions options{
-      .max_sequences = 1, .max_batched_tokens = tokens, .max_context = tokens, .graphs = false};
+  const EngineOptions options{.max_sequences = 1,
+                              .max_batched_tokens = tokens,
+                              .max_context = tokens,
+                              .graphs = false,
+                              .device_bytes = std::numeric_limits<uint64_t>::max(),
+                              .host_bytes = std::numeric_limits<uint64_t>::max()};
   CaptureStrategy* capture = nullptr;
   ASSIGN_OR_RETURN(
       std::unique_ptr<InferenceEngine> engine,

@@ -65,6 +65,13 @@ const float* Data(std::span<const float> values) {
   return values.empty() ? nullptr : values.data();
 }
 
+absl::Status CheckBudget(absl::string_view field, uint64_t budget, uint64_t taken) {
+  if (taken <= budget) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat(field, ": the strategy's structures take more than its budget: asked ", taken,
+                   ", available ", budget));
+}
+
 std::vector<QueryWeights> QueryWeightsOf(const ModelWeights& weights) {
   std::vector<QueryWeights> all;
   for (const LayerWeights& layer : weights.layers) {
@@ -137,7 +144,16 @@ absl::Status InferenceEngine::Build(const StrategyFactory& factory) {
                                 .max_context = options_.max_context,
                                 .max_rows = max_rows_,
                                 .max_decode_rows = max_decode_rows_};
+  const uint64_t arrays = step_state_->device_bytes();
+  const uint64_t device = backend_->allocated_bytes(Tier::kDevice);
+  const uint64_t host = backend_->allocated_bytes(Tier::kHost);
   ASSIGN_OR_RETURN(strategy_, factory(context));
+  // Whatever the strategy computed, what it took is what counts.
+  RETURN_IF_ERROR(CheckBudget(
+      "kv.device_bytes", options_.device_bytes,
+      backend_->allocated_bytes(Tier::kDevice) - device + step_state_->device_bytes() - arrays));
+  RETURN_IF_ERROR(CheckBudget("kv.host_bytes", options_.host_bytes,
+                              backend_->allocated_bytes(Tier::kHost) - host));
   RETURN_IF_ERROR(step_state_->Build());
   RETURN_IF_ERROR(AllocateBuffers());
   modelled_ns_ = backend_->modelled_ns();
@@ -479,7 +495,7 @@ void InferenceEngine::EnqueueLogits(const StepView& view) {
 uint64_t InferenceEngine::ReadbackBytes(const StepView& view) const {
   const uint64_t logits =
       options_.logits == LogitsMode::kNone ? 0 : LogitBytes(LogitRows(view), config());
-  return SampledBytes(options_) + logits;
+  return SampledBytes(options_) + logits + strategy_->ReadbackBytes(view);
 }
 
 }  // namespace kvsweep

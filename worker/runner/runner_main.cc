@@ -144,25 +144,28 @@ class Inbox {
   std::thread thread_;
 };
 
-void RunOne(const RunTrial& request, WarmDevice* device, InputCache* inputs, Recorder* recorder,
-            const std::atomic<bool>* cancel) {
+void RunOne(const RunTrial& request, const TrialContext& context) {
   LogInfo("trial ", request.trial_id(), ": ", request.spec().arm().name());
-  Trial(request, {.device = device, .inputs = inputs, .recorder = recorder, .cancel = cancel})
-      .Run();
-  recorder->Finish(request.trial_id());
+  Trial(request, context).Run();
+  context.recorder->Finish(request.trial_id());
 }
 
 // Serves the worker until it says so or goes away.
 absl::Status ServeWorker(int fd, WarmDevice* device) {
   // A backend before the first trial tells who we are.
   ASSIGN_OR_RETURN(const Backend* backend, device->UseBackend(device->OptionsOf(Engine())));
-  RETURN_IF_ERROR(WriteFrame(fd, MakeHello(backend->info())));
+  const BackendInfo info = backend->info();
+  RETURN_IF_ERROR(WriteFrame(fd, MakeHello(info)));
   InputCache inputs;
   Recorder recorder([fd](const FromRunner& frame) { return WriteFrame(fd, frame); });
   Inbox inbox(fd);
   while (const std::optional<RunTrial> request = inbox.Next()) {
     inbox.Begin(request->trial_id());
-    RunOne(*request, device, &inputs, &recorder, inbox.cancel());
+    RunOne(*request, {.device = device,
+                      .inputs = &inputs,
+                      .recorder = &recorder,
+                      .cancel = inbox.cancel(),
+                      .slot_device_class = info.device_class});
   }
   return absl::OkStatus();
 }
@@ -181,7 +184,7 @@ absl::Status RunFile(const std::string& path, WarmDevice* device) {
     return absl::OkStatus();
   });
   const std::atomic<bool> never = false;
-  RunOne(request, device, &inputs, &recorder, &never);
+  RunOne(request, {.device = device, .inputs = &inputs, .recorder = &recorder, .cancel = &never});
   return absl::OkStatus();
 }
 

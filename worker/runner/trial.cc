@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <utility>
 
@@ -214,12 +215,14 @@ absl::Status Trial::Measure() {
 }
 
 absl::Status Trial::MeasureLoad() {
+  const Arrivals& arrivals = request_.spec().load().arrivals();
   const std::vector<ServeRequest> requests = ScheduleOf(*workload_);
   const ServeSchedule schedule{
       .requests = requests,
       .copy_prompt = [this](size_t index,
                             std::span<int32_t> prompt) { workload_->CopyPrompt(index, prompt); },
-      .open_loop = request_.spec().load().arrivals().process() == Arrivals::PROCESS_POISSON};
+      .open_loop =
+          arrivals.process() == Arrivals::PROCESS_POISSON && std::isfinite(arrivals.rate())};
   const ServeOptions options{
       .clock = &clock(),
       .modelled = modelled(),
@@ -393,7 +396,10 @@ void Trial::EmitStart() {
   if (backend_ != nullptr) {
     start->set_backend(backend_->info().backend);
     start->set_device(backend_->info().device);
-    start->set_device_class(backend_->info().device_class);
+    // Threads that a spec asks for are part of its key, not of the device.
+    start->set_device_class(is_modelled() || context_.slot_device_class.empty()
+                                ? backend_->info().device_class
+                                : context_.slot_device_class);
     start->set_driver(backend_->info().driver);
   }
   start->set_runner_build(GetBuildInfo().runner_digest);

@@ -30,6 +30,7 @@ struct TrialContext {
   InputCache* inputs = nullptr;
   Recorder* recorder = nullptr;
   const std::atomic<bool>* cancel = nullptr;
+  std::string slot_device_class;  // as the runner introduced itself; empty: the backend's own
 };
 
 // How an error of a phase is told: memory is `oom` with the two figures that the message names

@@ -201,6 +201,9 @@ class CacheStrategy {
   // After the last layer; enqueues prunes of finished prompts and whatever must be read back.
   virtual void EndStep(const StepView& step) = 0;
 
+  // Bytes that EndStep has the host read for its counts: control, not the cache's traffic.
+  virtual uint64_t ReadbackBytes(const StepView& /*step*/) const { return 0; }
+
   // After the step has been waited for: counts of decode segment `index`, and the same by layer
   // ([L], attended entries).
   virtual DecodeCounts CollectDecode(const StepView& step, size_t index,

@@ -814,7 +814,7 @@ void InfinigenStrategy::AttendPrefill(const Segment& segment, int32_t row, int32
 void InfinigenStrategy::EndStep(const StepView& step) {
   Wait(kAppended0, Stream::kCompute);
   Wait(kAppended1, Stream::kCompute);
-  if (step.decode_rows == 0) return;
+  if (ReadbackBytes(step) == 0) return;
   context_.backend->Copy(selected_host_, scratch_.selected, manager_.layout().fixed_host_bytes,
                          Stream::kCompute);
 }
@@ -843,6 +843,10 @@ DecodeCounts InfinigenStrategy::CollectDecode(const StepView& step, size_t index
   return counts;
 }
 
+uint64_t InfinigenStrategy::ReadbackBytes(const StepView& step) const {
+  return step.decode_rows == 0 ? 0 : manager_.layout().fixed_host_bytes;
+}
+
 int32_t InfinigenStrategy::TokenBudget(const RequestShape& shape) const {
   return InfinigenFetchLimit(manager_.layout().parameters, shape);
 }
@@ -852,7 +856,7 @@ EngagementRule InfinigenStrategy::engagement_rule() const {
 }
 
 bool InfinigenStrategy::EngagementExpected(const RequestShape& shape, int32_t tokens) const {
-  return tokens > TokenBudget(shape) && tokens > shape.prompt_tokens + 1;
+  return tokens > shape.prompt_tokens + 1;  // there was a decode step
 }
 
 }  // namespace kvsweep

@@ -115,6 +115,7 @@ class InfinigenStrategy : public CacheStrategy {
   DecodeCounts CollectDecode(const StepView& step, size_t index,
                              std::span<double> attended_by_layer) override;
   int32_t TokenBudget(const RequestShape& shape) const override;
+  uint64_t ReadbackBytes(const StepView& step) const override;
   EngagementRule engagement_rule() const override;
   bool EngagementExpected(const RequestShape& shape, int32_t tokens) const override;
 
