@@ -69,6 +69,7 @@ absl::Status Run(const ColumnSumArgs& args, Context& context) {
   const int64_t bytes = Workspace::Padded<float>(int64_t{kTileTokens} * args.head_dim) +
                         Workspace::Padded<float>(args.head_dim) +
                         2 * Workspace::Padded<float>(kTileTokens);
+  context.ReserveWorkers(bytes);
   context.pool.For(tiles * args.kv_heads, [&](int64_t task, int worker) {
     context.worker[worker].Reset(bytes);
     AddColumns(args, task % args.kv_heads, task / args.kv_heads * kTileTokens,

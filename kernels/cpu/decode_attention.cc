@@ -135,6 +135,7 @@ absl::Status Run(const DecodeAttentionArgs& given, Context& context) {
   decode.part.sum = context.shared.Take<float>(parts);
 
   const int64_t bytes = AttentionRows::WorkspaceBytes(decode.group, args.head_dim);
+  context.ReserveWorkers(bytes);
   context.pool.For(tasks, [&](int64_t task, int worker) {
     context.worker[worker].Reset(bytes);
     decode.Attend(task, context.worker[worker]);

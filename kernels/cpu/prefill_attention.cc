@@ -95,6 +95,7 @@ absl::Status Run(const PrefillAttentionArgs& args, Context& context) {
   const Prefill prefill{args};
   const int64_t blocks = (args.rows + kBlockRows - 1) / kBlockRows;
   const int64_t bytes = AttentionRows::WorkspaceBytes(kBlockRows * prefill.group, args.head_dim);
+  context.ReserveWorkers(bytes);
   // The last blocks see the most keys: they are claimed first.
   context.pool.For(blocks * args.kv_heads, [&](int64_t task, int worker) {
     Block block;

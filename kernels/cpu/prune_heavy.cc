@@ -94,6 +94,7 @@ absl::Status Run(const PruneHeavyArgs& args, Context& context) {
   RETURN_IF_ERROR(CheckSlots("view", args.view, args.table_row, args.tokens));
   RETURN_IF_ERROR(CheckSlots("score", args.score, args.table_row, args.tokens));
   RETURN_IF_ERROR(CheckSlots("position", args.position, args.table_row, args.tokens));
+  context.ReserveWorkers(WorkspaceBytes(args));
   context.pool.For(args.kv_heads, [&](int64_t head, int worker) {
     const HeadSlots slots{args, head};
     for (int32_t slot = 0; slot < args.tokens; ++slot) slots.position(slot) = slot;

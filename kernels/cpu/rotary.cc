@@ -13,7 +13,7 @@ absl::Status Run(const RotaryArgs& args, Context& context) {
     frequency[j] =
         1.0f / std::pow(args.theta, static_cast<float>(2 * j) / static_cast<float>(args.head_dim));
   }
-  for (Workspace& workspace : context.worker) workspace.Reset(2 * Workspace::Padded<float>(half));
+  context.ReserveWorkers(2 * Workspace::Padded<float>(half));
   // Sines and cosines weigh as much as several passes over the row.
   const int64_t work = int64_t{args.head_dim} * (args.heads + 16);
   ForRows(context, args.rows, work, [&](int64_t row, int worker) {

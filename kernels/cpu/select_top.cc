@@ -52,6 +52,7 @@ absl::Status Run(const SelectTopArgs& args, Context& context) {
     longest = std::max<int64_t>(longest, args.length[row]);
   }
   const int64_t pairs = int64_t{args.rows} * args.kv_heads;
+  context.ReserveWorkers(Workspace::Padded<float>(longest));
   context.pool.For(pairs, [&](int64_t pair, int worker) {
     const int64_t row = pair / args.kv_heads;
     if (args.selected[row] == 0) return;

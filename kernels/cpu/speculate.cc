@@ -62,6 +62,7 @@ absl::Status Run(const SpeculateArgs& args, Context& context) {
       return absl::InvalidArgumentError("more tokens than margin_stride");
     }
   }
+  context.ReserveWorkers(WorkspaceBytes(args));
   context.pool.For(pairs, [&](int64_t pair, int worker) {
     const int64_t row = pair / args.kv_heads;
     const int64_t kv_head = pair % args.kv_heads;

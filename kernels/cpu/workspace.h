@@ -54,6 +54,12 @@ struct Context {
   Context(int threads, bool invariant)
       : pool(threads), worker(pool.threads()), batch_invariant(invariant) {}
 
+  // Makes room for `bytes` in every worker's workspace before any of them has work: which of them
+  // gets some is chance, and what has been allocated must not be.
+  void ReserveWorkers(int64_t bytes) {
+    for (Workspace& workspace : worker) workspace.Reset(bytes);
+  }
+
   ThreadPool pool;
   Workspace shared;               // for what all workers of an operation read or write
   std::vector<Workspace> worker;  // [pool.threads()], each used by its worker alone

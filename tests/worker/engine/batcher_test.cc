@@ -212,8 +212,9 @@ class RandomRun {
   }
 
   void DropOne() {
-    for (const auto& [id, request] : requests_) {
+    for (const auto& [dropped, request] : requests_) {
       if (request.produced == request.output_tokens) continue;
+      const RequestId id = dropped;  // outlives its entry
       batcher_->Drop(id);
       batcher_->CheckInvariants();
       order_.insert(id);
