@@ -133,17 +133,19 @@ absl::Status InferenceEngine::Build(const StrategyFactory& factory) {
   arrays_.row_active = step_state_->Add(max_decode_rows_);
   arrays_.logit_row = step_state_->Add(max_logit_rows_);
   arrays_.sample_target = step_state_->Add(max_logit_rows_);
-  const StrategyContext context{.backend = backend_,
-                                .step_state = step_state_.get(),
-                                .shape = model_->shape(),
-                                .query_weights = QueryWeightsOf(model_->weights()),
-                                .kv_dtype = options_.kv_dtype,
-                                .device_bytes = options_.device_bytes,
-                                .host_bytes = options_.host_bytes,
-                                .max_sequences = options_.max_sequences,
-                                .max_context = options_.max_context,
-                                .max_rows = max_rows_,
-                                .max_decode_rows = max_decode_rows_};
+  StrategyContext context;
+  static_cast<StrategySizes&>(context) = {.shape = model_->shape(),
+                                          .kv_dtype = options_.kv_dtype,
+                                          .activation_dtype = backend_->info().activation_dtype,
+                                          .device_bytes = options_.device_bytes,
+                                          .host_bytes = options_.host_bytes,
+                                          .max_sequences = options_.max_sequences,
+                                          .max_context = options_.max_context,
+                                          .max_rows = max_rows_,
+                                          .max_decode_rows = max_decode_rows_};
+  context.backend = backend_;
+  context.step_state = step_state_.get();
+  context.query_weights = QueryWeightsOf(model_->weights());
   const uint64_t arrays = step_state_->device_bytes();
   const uint64_t device = backend_->allocated_bytes(Tier::kDevice);
   const uint64_t host = backend_->allocated_bytes(Tier::kHost);

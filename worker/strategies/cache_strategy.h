@@ -229,21 +229,27 @@ class CacheStrategy {
   virtual std::vector<Figure> Figures() const { return {}; }
 };
 
-// Everything a strategy is built from. Pointers outlive it.
 struct Skewing;
 
-struct StrategyContext {
-  Backend* backend = nullptr;
-  StepState* step_state = nullptr;  // before Build: the strategy adds its arrays
+// What an arm's memory depends on, beside its parameters: plain numbers, so that a strategy's manager
+// (and with it every byte that it will take) can be had without a backend.
+struct StrategySizes {
   ModelShape shape;
-  std::vector<QueryWeights> query_weights;  // [L]
   DType kv_dtype = DType::kF32;
-  uint64_t device_bytes = 0;  // budgets of the arm
+  DType activation_dtype = DType::kF32;  // of the backend
+  uint64_t device_bytes = 0;             // budgets of the arm
   uint64_t host_bytes = 0;
   int32_t max_sequences = 0;    // sequence slots
   int32_t max_context = 0;      // tokens of the longest request of the trial
   int32_t max_rows = 0;         // rows of the largest step
   int32_t max_decode_rows = 0;  // padded
+};
+
+// Everything a strategy is built from. Pointers outlive it.
+struct StrategyContext : StrategySizes {
+  Backend* backend = nullptr;
+  StepState* step_state = nullptr;          // before Build: the strategy adds its arrays
+  std::vector<QueryWeights> query_weights;  // [L]
   // Runs a calibration forward over the first `tokens` calibration ids and computes the skewing
   // from its queries and keys; results are kept with the model. Only for strategies that prepare
   // themselves.
