@@ -1,0 +1,566 @@
+// Decode attention: one query row a sequence against its whole view. Reading keys and values once,
+// at the rate of the memory, is all that matters; so a warp keeps several tiles of 16 tokens under
+// way into shared memory, and all query heads of a group work on a tile as one tensor-core product
+// (with fewer than eight heads most of it is idle, and it costs nothing that anybody waits for).
+//
+// A (row, KV head) is cut into splits of plan.split_tokens tokens, one block each; the block that
+// arrives last joins the partial results in the order of the splits, so no result depends on who
+// that was.
+#include <algorithm>
+
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace kvsweep::cuda {
+namespace {
+
+// ------------------------------------------------------------------------------------------
+// kernels
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTile = 16;  // tokens that a warp loads and multiplies at once
+constexpr int kHeads = 8;  // query heads of a group that one block takes
+// Workspace of an attention whose rows are split.
+struct Splits {
+  float* output;       // [pairs, splits, g, d]
+  float* maximum;      // [pairs, splits, g], in units of log 2
+  float* sum;          // [pairs, splits, g]
+  uint32_t* arrivals;  // [pairs], zero between launches
+};
+
+// What a block works on: one split of one (row, head).
+struct Part {
+  int32_t pair;
+  int64_t row;
+  int32_t head;
+  int32_t split;
+  int32_t stored;
+  int32_t attended;  // stored tokens and the current one
+  int32_t whole;     // the row's stored tokens, whatever part of them this call attends to
+  int32_t used;      // splits that hold tokens; 1 if there are none at all
+  int32_t begin;
+  int32_t end;
+};
+
+__device__ __forceinline__ Part FindPart(const DecodeAttentionArgs& args, int32_t heads,
+                                         int32_t group) {
+  Part part;
+  part.split = blockIdx.x % args.plan.splits;
+  part.pair = blockIdx.x / args.plan.splits;
+  part.head = part.pair % heads;
+  part.row = part.pair / heads;
+  const bool active = IsActive(args.row_active, part.row);
+  part.stored = active ? KvLength(args.view, part.row, part.head / group) : 0;
+  part.whole = 0;
+  if (active && args.view.length != nullptr) {
+    part.whole = args.view.length[part.row * args.view.length_stride +
+                                  part.head / group * args.view.length_head_stride];
+  }
+  part.attended = part.stored + (active && args.current_key.data != nullptr ? 1 : 0);
+  if (args.plan.splits == 1) {
+    part.used = 1;
+    part.begin = 0;
+    part.end = part.attended;
+    return part;
+  }
+  const int32_t tokens = args.plan.split_tokens;
+  part.used = max(1, min(args.plan.splits, (part.attended + tokens - 1) / tokens));
+  part.begin = min(int64_t{part.split} * tokens, int64_t{part.attended});
+  part.end =
+      part.split == args.plan.splits - 1 ? part.attended : min(part.attended, part.begin + tokens);
+  return part;
+}
+
+// Whether this block is the last of its pair; then all that the others have written is visible.
+__device__ __forceinline__ bool ArrivesLast(const Splits& splits, const Part& part) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(&splits.arrivals[part.pair], 1u) == static_cast<uint32_t>(part.used - 1);
+    if (last) splits.arrivals[part.pair] = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// Where the score of an entry is left until it becomes a probability: a tile's slots behind those
+// of earlier tiles, the current token behind all of them.
+__device__ __forceinline__ int32_t Entry(const DecodeAttentionArgs& args, const Part& part,
+                                         int32_t token) {
+  return token < part.stored ? args.view.first_token + token : part.whole;
+}
+
+// Turns the scores of a row, also those that earlier calls have left, into probabilities.
+__device__ __forceinline__ void Normalise(float* line, const Part& part, Softmax softmax) {
+  const float inverse = 1.0f / softmax.sum;
+  const int32_t entries = part.whole + part.attended - part.stored;
+  for (int32_t t = threadIdx.x; t < entries; t += blockDim.x) {
+    line[t] = exp2f(__ldcg(line + t) * kLog2E - softmax.maximum) * inverse;
+  }
+}
+
+// Joins the splits of one head; element i of the result is returned, not divided.
+__device__ __forceinline__ float JoinSplits(const Splits& splits, int64_t first, int32_t stride,
+                                            int32_t used, int32_t head_dim, int32_t i,
+                                            Softmax& softmax) {
+  float highest = -INFINITY;
+  for (int32_t s = 0; s < used; ++s) {
+    highest = fmaxf(highest, __ldcg(splits.maximum + first + s * stride));
+  }
+  float value = 0.0f;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int32_t s = 0; s < used; ++s) {
+    const int64_t at = first + int64_t{s} * stride;
+    const float part_sum = __ldcg(splits.sum + at);
+    const float share = part_sum == 0.0f ? 0.0f : exp2f(__ldcg(splits.maximum + at) - highest);
+    sum += part_sum * share;
+    value += __ldcg(splits.output + at * head_dim + i) * share;
+  }
+  softmax = {highest, sum};
+  return value;
+}
+
+// Where the 16 tokens of a tile lie: found one tile ahead, since the table is in memory too.
+template <typename T, int D>
+struct TileLoader {
+  static constexpr int kRow = D + kRowPadding;
+  static constexpr int kChunks = D / 8;       // of 16 bytes in a row
+  static constexpr int kRows = 32 / kChunks;  // tokens that a warp copies at once
+  static constexpr int kSteps = kTile / kRows;
+
+  const DecodeAttentionArgs& args;
+  const Part& part;
+  const T* key;  // this lane's column of the pool, the head's
+  const T* value;
+  int row_of_lane;
+  uint32_t target;    // of this lane in stage 0
+  bool whole_blocks;  // a tile never straddles blocks
+  int64_t next = 0;   // of the tile to be issued next: offset of its block (whole_blocks)
+
+  __device__ __forceinline__ TileLoader(const DecodeAttentionArgs& args, const Part& part,
+                                        const T* stage)
+      : args(args), part(part) {
+    const int lane = threadIdx.x % 32;
+    const int column = lane % kChunks * 8;
+    row_of_lane = lane / kChunks;
+    key = reinterpret_cast<const T*>(args.view.key) + part.head * args.view.head_stride + column;
+    value =
+        reinterpret_cast<const T*>(args.view.value) + part.head * args.view.head_stride + column;
+    target = SharedAddress(stage + row_of_lane * kRow + column);
+    whole_blocks = args.view.block_size % kTile == 0 && part.begin % kTile == 0;
+  }
+
+  __device__ __forceinline__ int64_t BlockOffset(int32_t token) const {
+    const int32_t block = token / args.view.block_size;
+    const int64_t id = args.view.block_table == nullptr
+                           ? part.row
+                           : args.view.block_table[part.row * args.view.block_table_stride + block];
+    return id * args.view.block_stride;
+  }
+  __device__ __forceinline__ void LookUp(int32_t first) {
+    if (whole_blocks && first < part.stored) next = BlockOffset(first);
+  }
+
+  // Starts the copies of tokens first .. first + 15 into the stage that begins `offset` bytes
+  // behind stage 0; what lies past the end becomes zero.
+  __device__ __forceinline__ void Issue(int32_t first, uint32_t offset) {
+    const uint32_t key_target = target + offset;
+    constexpr uint32_t kValues = kTile * kRow * sizeof(T);
+    constexpr uint32_t kStep = kRows * kRow * sizeof(T);
+    const int64_t stride = args.view.token_stride;
+    if (whole_blocks && first + kTile <= part.stored) {
+      const int64_t at = next + (first % args.view.block_size + row_of_lane) * stride;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        CopyAsync(key_target + s * kStep, key + at + s * kRows * stride);
+        CopyAsync(key_target + kValues + s * kStep, value + at + s * kRows * stride);
+      }
+      return;
+    }
+    const int lane_column = threadIdx.x % 32 % kChunks * 8;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int32_t token = first + row_of_lane + s * kRows;
+      const T* from_key = key;
+      const T* from_value = value;
+      if (token < part.stored) {
+        const int64_t at = BlockOffset(token) + token % args.view.block_size * stride;
+        from_key += at;
+        from_value += at;
+      } else if (token < part.attended) {
+        const int64_t column = int64_t{part.head} * D + lane_column;
+        from_key = static_cast<const T*>(args.current_key.data) +
+                   part.row * args.current_key.stride + column;
+        from_value = static_cast<const T*>(args.current_value.data) +
+                     part.row * args.current_value.stride + column;
+      }
+      CopyAsync(key_target + s * kStep, from_key, token < part.end);
+      CopyAsync(key_target + kValues + s * kStep, from_value, token < part.end);
+    }
+  }
+};
+
+// [rows, Hq, d] x [n, Hk, d] -> scores [g, 16] a tile -> output [g, d] a warp -> a block -> a row.
+template <typename T, int D>
+constexpr int kStages = D <= 64 ? 6 : 3;
+template <typename T, int D>
+constexpr int kSharedBytes = kWarps* kStages<T, D> * 2 * kTile*(D + kRowPadding) *
+                             static_cast<int>(sizeof(T));
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads, 2)
+    DecodeAttentionKernel(const __grid_constant__ DecodeAttentionArgs args,
+                          const __grid_constant__ Splits splits,
+                          const __grid_constant__ AttentionResult result) {
+  constexpr int kRow = D + kRowPadding;
+  constexpr int kStageElements = 2 * kTile * kRow;  // keys, then values
+  constexpr int kPipeline = kStages<T, D>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int group = args.query_heads / args.kv_heads;
+  const Part part = FindPart(args, args.kv_heads, 1);
+  if (part.split >= part.used) return;
+
+  T* const stages = reinterpret_cast<T*>(shared) + warp * kPipeline * kStageElements;
+  TileLoader<T, D> loader(args, part, stages);
+  const int32_t first_tile = part.begin + warp * kTile;
+  loader.LookUp(first_tile);
+#pragma unroll
+  for (int s = 0; s < kPipeline - 1; ++s) {
+    const int32_t first = first_tile + s * kWarps * kTile;
+    if (first < part.end) {
+      loader.Issue(first, s * kStageElements * sizeof(T));
+      loader.LookUp(first + kWarps * kTile);
+    }
+    CommitCopies();
+  }
+
+  // Rows of the product are the group's heads: this lane holds row lane / 4.
+  uint32_t query[D / 16][2];
+  {
+    const int q = lane / 4;
+    const T* const from = static_cast<const T*>(args.query.data) + part.row * args.query.stride +
+                          (int64_t{part.head} * group + q) * D + lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      query[k][0] = q < group ? *reinterpret_cast<const uint32_t*>(from + k * 16) : 0;
+      query[k][1] = q < group ? *reinterpret_cast<const uint32_t*>(from + k * 16 + 8) : 0;
+    }
+  }
+  const float scale = args.scale * kLog2E;
+  float output[D / 8][2] = {};
+  float maximum = -INFINITY;
+  float sum = 0.0f;  // of this lane's columns
+  // Matrices of a tile of keys: (tokens 0-7, k 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15); of
+  // values the same with the middle two exchanged.
+  const uint32_t key_address =
+      SharedAddress(stages + (lane / 16 * 8 + lane % 8) * kRow + lane / 8 % 2 * 8);
+  const uint32_t value_address =
+      SharedAddress(stages + kTile * kRow + (lane / 8 % 2 * 8 + lane % 8) * kRow + lane / 16 * 8);
+  float* probability = nullptr;
+  if (args.probability != nullptr && lane / 4 < group) {
+    probability =
+        args.probability + (part.row * args.query_heads + int64_t{part.head} * group + lane / 4) *
+                               args.probability_stride;
+  }
+
+  int stage = 0;
+  for (int32_t first = first_tile; first < part.end; first += kWarps * kTile) {
+    WaitCopies<kPipeline - 2>();
+    __syncwarp();
+    {
+      const int32_t ahead = first + (kPipeline - 1) * kWarps * kTile;
+      const int free = stage == 0 ? kPipeline - 1 : stage - 1;
+      if (ahead < part.end) {
+        loader.Issue(ahead, free * kStageElements * sizeof(T));
+        loader.LookUp(ahead + kWarps * kTile);
+      }
+      CommitCopies();
+    }
+    const uint32_t offset = stage * kStageElements * sizeof(T);
+    float score[2][2] = {};
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      uint32_t b[4];
+      LoadMatrices(b, key_address + offset + k * 16 * sizeof(T));
+      MultiplyEight<T>(score[0][0], score[0][1], query[k][0], query[k][1], b[0], b[1]);
+      MultiplyEight<T>(score[1][0], score[1][1], query[k][0], query[k][1], b[2], b[3]);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int32_t token = first + n * 8 + lane % 4 * 2 + c;
+        if (probability != nullptr && token < part.end) {
+          probability[Entry(args, part, token)] = score[n][c] * args.scale;
+        }
+        score[n][c] = token < part.end ? score[n][c] * scale : -INFINITY;
+      }
+    }
+    float highest = fmaxf(fmaxf(score[0][0], score[0][1]), fmaxf(score[1][0], score[1][1]));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+    if (__any_sync(~0u, highest > maximum)) {
+      const float raised = fmaxf(maximum, highest);
+      const float shrink = Exp2(maximum - raised);
+      maximum = raised;
+      sum *= shrink;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        output[n][0] *= shrink;
+        output[n][1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) score[n][c] = Exp2(score[n][c] - maximum);
+    }
+    sum += (score[0][0] + score[0][1]) + (score[1][0] + score[1][1]);
+    const uint32_t weight0 = Pack<T>(score[0][0], score[0][1]);
+    const uint32_t weight1 = Pack<T>(score[1][0], score[1][1]);
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      uint32_t b[4];
+      LoadMatricesTransposed(b, value_address + offset + n * 16 * sizeof(T));
+      MultiplyEight<T>(output[2 * n][0], output[2 * n][1], weight0, weight1, b[0], b[1]);
+      MultiplyEight<T>(output[2 * n + 1][0], output[2 * n + 1][1], weight0, weight1, b[2], b[3]);
+    }
+    stage = stage == kPipeline - 1 ? 0 : stage + 1;
+  }
+  WaitCopies<0>();
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+
+  // The warps' results meet in shared memory.
+  __shared__ float warp_maximum[kWarps][kHeads];
+  __shared__ float warp_sum[kWarps][kHeads];
+  __shared__ Softmax joined[kHeads];
+  float* const warp_output = reinterpret_cast<float*>(shared);  // [kWarps, kHeads, d]
+  __syncthreads();
+  if (lane / 4 < group) {
+    float* const line = warp_output + (warp * kHeads + lane / 4) * D + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      *reinterpret_cast<float2*>(line + n * 8) = make_float2(output[n][0], output[n][1]);
+    }
+    if (lane % 4 == 0) {
+      warp_maximum[warp][lane / 4] = maximum;
+      warp_sum[warp][lane / 4] = sum;
+    }
+  }
+  __syncthreads();
+  const int64_t first_part = (int64_t{part.pair} * args.plan.splits + part.split) * group;
+  for (int e = threadIdx.x; e < group * D; e += kThreads) {
+    const int q = e / D;
+    const int i = e % D;
+    float highest = -INFINITY;
+    for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, warp_maximum[w][q]);
+    float value = 0.0f;
+    float total = 0.0f;
+    for (int w = 0; w < kWarps; ++w) {
+      const float share = warp_sum[w][q] == 0.0f ? 0.0f : exp2f(warp_maximum[w][q] - highest);
+      value += warp_output[(w * kHeads + q) * D + i] * share;
+      total += warp_sum[w][q] * share;
+    }
+    if (part.used == 1) {
+      const int32_t head = part.head * group + q;
+      const Softmax softmax = result.Write(part.row, head, i, value, {highest, total});
+      if (i == 0) joined[q] = softmax;
+    } else {
+      splits.output[(first_part + q) * D + i] = value;
+      if (i == 0) {
+        splits.maximum[first_part + q] = highest;
+        splits.sum[first_part + q] = total;
+      }
+    }
+  }
+  if (part.used > 1) {
+    if (!ArrivesLast(splits, part)) return;
+    const int64_t first = int64_t{part.pair} * args.plan.splits * group;
+    for (int e = threadIdx.x; e < group * D; e += kThreads) {
+      const int q = e / D;
+      Softmax softmax;
+      const float value = JoinSplits(splits, first + q, group, part.used, D, e % D, softmax);
+      softmax = result.Write(part.row, part.head * group + q, e % D, value, softmax);
+      if (e % D == 0) joined[q] = softmax;
+    }
+  }
+  __syncthreads();
+  for (int q = 0; q < group; ++q) {
+    const Softmax softmax = joined[q];
+    const int32_t head = part.head * group + q;
+    if (threadIdx.x == 0) result.WriteSums(part.row, head, softmax);
+    if (args.probability != nullptr && args.out.data != nullptr) {
+      Normalise(args.probability + (part.row * args.query_heads + head) * args.probability_stride,
+                part, softmax);
+    }
+  }
+}
+
+// One block for each split of each (row, query head).
+__global__ void __launch_bounds__(kThreads)
+    PlainDecodeAttentionKernel(const __grid_constant__ DecodeAttentionArgs args,
+                               const __grid_constant__ Splits splits,
+                               const __grid_constant__ AttentionResult result) {
+  __shared__ PlainScratch scratch;
+  const int d = args.head_dim;
+  const int group = args.query_heads / args.kv_heads;
+  const Part part = FindPart(args, args.query_heads, group);
+  if (part.split >= part.used) return;
+  const int32_t kv_head = part.head / group;
+  KeySource keys{.view = args.view, .row = part.row, .head = kv_head, .stored = part.stored};
+  keys.own_dtype = result.dtype;
+  keys.rotation = args.rotation;
+  keys.own_position = part.whole;
+  if (args.current_key.data != nullptr) {
+    const int64_t column = int64_t{kv_head} * d;
+    keys.own_key =
+        ElementAt(args.current_key.data, result.dtype, part.row * args.current_key.stride + column);
+    keys.own_value = ElementAt(args.current_value.data, result.dtype,
+                               part.row * args.current_value.stride + column);
+  }
+  const int64_t index = part.row * args.query_heads + part.head;
+  float* const probability =
+      args.probability == nullptr ? nullptr : args.probability + index * args.probability_stride;
+  Softmax softmax = PlainAttend(
+      scratch, args.query.data, result.dtype, part.row * args.query.stride + int64_t{part.head} * d,
+      keys, part.begin, part.end, d, args.scale, [&](int32_t token, float score) {
+        if (probability != nullptr) {
+          probability[Entry(args, part, token)] = score;
+        }
+      });
+  if (part.used > 1) {
+    const int64_t at = int64_t{part.pair} * args.plan.splits + part.split;
+    for (int i = threadIdx.x; i < d; i += kThreads) {
+      splits.output[at * d + i] = scratch.output[0][i];
+    }
+    if (threadIdx.x == 0) {
+      splits.maximum[at] = softmax.maximum;
+      splits.sum[at] = softmax.sum;
+    }
+    if (!ArrivesLast(splits, part)) return;
+    const int64_t first = int64_t{part.pair} * args.plan.splits;
+    // Every thread needs the sums, also one without an element.
+    for (int i = threadIdx.x; i < max(d, kThreads); i += kThreads) {
+      const float value = JoinSplits(splits, first, 1, part.used, d, min(i, d - 1), softmax);
+      if (i < d) scratch.output[0][i] = value;
+    }
+    __syncthreads();
+  }
+  Softmax merged = softmax;
+  for (int i = threadIdx.x; i < max(d, kThreads); i += kThreads) {
+    // A thread without an element passes the last one's place, which holds the same sums.
+    if (i < d) merged = result.Write(part.row, part.head, i, scratch.output[0][i], softmax);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) result.WriteSums(part.row, part.head, merged);
+  if (probability != nullptr && args.out.data != nullptr) {
+    // With an element or without, all threads divide by the same sum.
+    if (threadIdx.x == 0) {
+      scratch.maximum[0] = merged.maximum;
+      scratch.sum[0] = merged.sum;
+    }
+    __syncthreads();
+    Normalise(probability, part, {scratch.maximum[0], scratch.sum[0]});
+  }
+}
+
+// ----------------------------------------------------------------------------------------
+// launchers
+
+template <typename T, int D>
+cudaError_t LaunchFast(const DecodeAttentionArgs& args, const Splits& splits,
+                       const AttentionResult& result, cudaStream_t stream) {
+  constexpr int kBytes = kSharedBytes<T, D>;
+  static const cudaError_t configured = cudaFuncSetAttribute(
+      DecodeAttentionKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (configured != cudaSuccess) return configured;
+  const int blocks = args.rows * args.kv_heads * args.plan.splits;
+  DecodeAttentionKernel<T, D><<<blocks, kThreads, kBytes, stream>>>(args, splits, result);
+  return cudaGetLastError();
+}
+
+// Whether the fast kernel takes this shape and these types.
+bool IsFast(const DecodeAttentionArgs& args, DType dtype) {
+  const bool current = args.current_key.data == nullptr ||
+                       (IsAligned(args.current_key, dtype) && IsAligned(args.current_value, dtype));
+  return dtype == DType::kBf16 && args.view.dtype == dtype &&
+         (args.head_dim == 64 || args.head_dim == 128) &&
+         args.rotation.inverse_frequency == nullptr && args.query_heads / args.kv_heads <= kHeads &&
+         IsAligned(args.view) && IsAligned(args.query, dtype) && current;
+}
+
+}  // namespace
+
+AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
+                            bool batch_invariant, int multiprocessors) {
+  constexpr int32_t kInvariantTokens = 1024;
+  constexpr int32_t kLeastTokens = 2 * kWarps * kTile;
+  constexpr int64_t kStartTokens = 48;  // what a block's start and end cost, in tokens of its time
+  if (batch_invariant) {
+    const int32_t splits = (max_tokens + kInvariantTokens - 1) / kInvariantTokens;
+    return {.splits = std::max(splits, 1), .split_tokens = kInvariantTokens};
+  }
+  // The split for which all waves of blocks together take least.
+  const int64_t pairs = std::max<int64_t>(1, int64_t{rows} * kv_heads);
+  const int64_t resident = 2 * static_cast<int64_t>(multiprocessors);
+  const auto share = [&](int64_t splits) {
+    const int64_t tokens = (max_tokens + splits - 1) / splits;
+    return (tokens + kWarps * kTile - 1) / (kWarps * kTile) * (kWarps * kTile);
+  };
+  int64_t best = 1;
+  int64_t best_cost = INT64_MAX;
+  const int64_t most = std::clamp<int64_t>(max_tokens / kLeastTokens, 1, 256);
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const int64_t waves = (pairs * splits + resident - 1) / resident;
+    const int64_t cost = waves * (share(splits) + kStartTokens);
+    if (cost < best_cost) {
+      best = splits;
+      best_cost = cost;
+    }
+    if (pairs * splits > 16 * resident) break;
+  }
+  if (best == 1) return {.splits = 1, .split_tokens = 0};
+  return {.splits = static_cast<int32_t>(best), .split_tokens = static_cast<int32_t>(share(best))};
+}
+
+cudaError_t Launch(const DecodeAttentionArgs& given, const LaunchContext& context) {
+  DecodeAttentionArgs args = given;
+  if (args.plan.splits <= 1) args.plan = {.splits = 1, .split_tokens = 0};
+  const int64_t parts = int64_t{args.rows} * args.query_heads * args.plan.splits;
+  Splits splits;
+  splits.output = reinterpret_cast<float*>(context.workspace);
+  splits.maximum = splits.output + parts * args.head_dim;
+  splits.sum = splits.maximum + parts;
+  splits.arrivals = context.tickets;
+  if (args.plan.splits > 1) {
+    const size_t bytes = parts * (args.head_dim + 2) * sizeof(float);
+    if (bytes > context.workspace_bytes) return cudaErrorMemoryAllocation;
+    if (args.rows * args.query_heads > context.ticket_count) return cudaErrorMemoryAllocation;
+  }
+  const AttentionResult result{.out = args.out,
+                               .dtype = context.activation_dtype,
+                               .partial = args.partial,
+                               .accumulate = args.accumulate,
+                               .log_sum_exp = nullptr,
+                               .query_heads = args.query_heads,
+                               .head_dim = args.head_dim};
+  if (IsFast(args, context.activation_dtype)) {
+    if (args.head_dim == 64) {
+      return LaunchFast<__nv_bfloat16, 64>(args, splits, result, context.stream);
+    }
+    return LaunchFast<__nv_bfloat16, 128>(args, splits, result, context.stream);
+  }
+  if (args.head_dim > 256) return cudaErrorInvalidValue;
+  const int blocks = args.rows * args.query_heads * args.plan.splits;
+  PlainDecodeAttentionKernel<<<blocks, kThreads, 0, context.stream>>>(args, splits, result);
+  return cudaGetLastError();
+}
+
+}  // namespace kvsweep::cuda
