@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMoveThreads)
     const int32_t first = static_cast<int32_t>(item / pairs) * kRowsInFlight;
     if (!IsActive(args.row_active, row)) continue;
     const int32_t selected =
-        static_cast<int32_t>(min(static_cast<int64_t>(args.selected[row]), args.index_stride));
+        static_cast<int32_t>(min(static_cast<int64_t>(args.selected[pair]), args.index_stride));
     const int32_t count = min(kRowsInFlight, selected - first);
     if (count <= 0) continue;
     const int32_t* const index = args.index + pair * args.index_stride + first;
