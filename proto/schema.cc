@@ -2,6 +2,7 @@
 #include "proto/schema.h"
 
 #include <algorithm>
+#include <map>
 #include <set>
 
 #include "absl/strings/str_cat.h"
@@ -144,15 +145,10 @@ class Checker {
       return Report(path, absl::StrCat(count, " axes"),
                     absl::StrCat("name at most ", limits::kAxes));
     }
-    std::set<std::string> seen;
+    if (axes) return CheckAxes(message, field, path);
     for (int i = 0; i < count; ++i) {
       const std::string entry = absl::StrCat(path, "[", i, "]");
-      if (axes) {
-        const auto& axis = static_cast<const Axis&>(
-            message.GetReflection()->GetRepeatedMessage(message, &field, i));
-        const Descriptor& owner = *message.GetDescriptor();
-        CheckAxis(axis, HoldsOnlyAxes(owner) ? root_ : owner, path, &seen);
-      } else if (field.cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE) {
+      if (field.cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE) {
         Check(message.GetReflection()->GetRepeatedMessage(message, &field, i), entry);
       } else {
         CheckOne(field, GetRepeatedValue(message, field, i), entry);
@@ -160,9 +156,24 @@ class Checker {
     }
   }
 
-  void CheckAxis(const Axis& axis, const Descriptor& target_root, const std::string& grid,
-                 std::set<std::string>* seen) {
-    const std::string path = JoinPath(grid, Shorten(axis.path()));
+  void CheckAxes(const Message& message, const FieldDescriptor& field, const std::string& path) {
+    const Descriptor& owner = *message.GetDescriptor();
+    const size_t before = problems_.problems().size();
+    const std::vector<const Axis*> axes = AxesOf(message, field);
+    std::set<std::string> seen;
+    for (const Axis* axis : axes) {
+      CheckAxis(*axis, HoldsOnlyAxes(owner) ? root_ : owner, path, RuleOf(field).together(), &seen);
+    }
+    Problem problem = {.field = path};
+    const bool sound = problems_.problems().size() == before;
+    if (sound && RuleOf(field).together() && !CheckTogether(axes, &problem)) {
+      problems_.Add(std::move(problem));
+    }
+  }
+
+  void CheckAxis(const Axis& axis, const Descriptor& target_root, const std::string& group,
+                 bool may_repeat, std::set<std::string>* seen) {
+    const std::string path = JoinPath(group, Shorten(axis.path()));
     Problem problem;
     const FieldDescriptor* target = Resolve(target_root, axis.path(), &problem);
     if (target == nullptr) return Report(path, problem.what, problem.remedy);
@@ -176,7 +187,8 @@ class Checker {
       Problem wrong = {.field = path, .value = text};
       const std::optional<Value> value = ParseValue(*target, text, &wrong);
       if (value && CanonicalText(*target, *value) != text) wrong.what = "not in base units";
-      if (value && wrong.what.empty() && !values.insert(text).second) wrong.what = "listed twice";
+      const bool fresh = values.insert(text).second || may_repeat;
+      if (value && wrong.what.empty() && !fresh) wrong.what = "listed twice";
       if (!wrong.what.empty()) problems_.Add(std::move(wrong));
     }
   }
@@ -212,6 +224,38 @@ namespace internal_schema {
 const FieldDescriptor* FindAxisTarget(const Descriptor& root, absl::string_view path,
                                       Problem* problem) {
   return Resolve(root, path, problem);
+}
+
+bool CheckTogether(const std::vector<const Axis*>& axes, Problem* problem) {
+  if (axes.empty()) return true;
+  const int count = axes.front()->values_size();
+  for (const Axis* axis : axes) {
+    if (axis->values_size() == count) continue;
+    problem->what = absl::StrCat(axis->path(), " has ", axis->values_size(), " values and ",
+                                 axes.front()->path(), " has ", count);
+    problem->remedy = "axes that advance together need equally many";
+    return false;
+  }
+  std::map<std::vector<std::string>, int> points;
+  for (int i = 0; i < count; ++i) {
+    std::vector<std::string> point;
+    for (const Axis* axis : axes) point.push_back(axis->values(i));
+    const auto [earlier, fresh] = points.emplace(std::move(point), i);
+    if (fresh) continue;
+    problem->what = absl::StrCat("points ", earlier->second + 1, " and ", i + 1, " are the same");
+    problem->remedy = "remove one of them";
+    return false;
+  }
+  return true;
+}
+
+std::vector<const Axis*> AxesOf(const Message& message, const FieldDescriptor& field) {
+  const google::protobuf::Reflection& reflection = *message.GetReflection();
+  std::vector<const Axis*> axes;
+  for (int i = 0; i < reflection.FieldSize(message, &field); ++i) {
+    axes.push_back(&static_cast<const Axis&>(reflection.GetRepeatedMessage(message, &field, i)));
+  }
+  return axes;
 }
 
 }  // namespace internal_schema

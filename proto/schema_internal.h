@@ -45,8 +45,9 @@ bool CheckValue(const FieldDescriptor& field, const Value& value, Problem* probl
 Value GetValue(const Message& message, const FieldDescriptor& field);
 void SetValue(Message* message, const FieldDescriptor& field, const Value& value);
 
-// One element of a repeated plain field.
+// One element of a repeated plain field, and one more.
 Value GetRepeatedValue(const Message& message, const FieldDescriptor& field, int index);
+void AddRepeatedValue(Message* message, const FieldDescriptor& field, const Value& value);
 
 // A value in base units, in a form that ParseValue reads back as the same value.
 std::string CanonicalText(const FieldDescriptor& field, const Value& value);
@@ -77,6 +78,12 @@ bool HoldsOnlyAxes(const Descriptor& descriptor);
 // `field_path`.
 const FieldDescriptor* FindAxisTarget(const Descriptor& root, absl::string_view path,
                                       Problem* problem);
+
+// Holds axes that advance together to equally many values and to points that differ.
+bool CheckTogether(const std::vector<const Axis*>& axes, Problem* problem);
+
+// The axes of a field whose rule is `axes`.
+std::vector<const Axis*> AxesOf(const Message& message, const FieldDescriptor& field);
 
 // Path of a member: "arms[1]" + "h2o" -> "arms[1].h2o".
 std::string JoinPath(absl::string_view prefix, absl::string_view name);

@@ -189,6 +189,7 @@ class MessageLayout {
  private:
   Tree List(const Message& message, const FieldDescriptor& field) const {
     const google::protobuf::Reflection& reflection = *message.GetReflection();
+    if (RuleOf(field).points() && !canonical_) return Points(message, field);
     if (RuleOf(field).axes() && !canonical_) return Axes(message, field);
     Tree list = Tree::List();
     for (int i = 0; i < reflection.FieldSize(message, &field); ++i) {
@@ -200,20 +201,38 @@ class MessageLayout {
   }
 
   Tree Axes(const Message& message, const FieldDescriptor& field) const {
-    const Descriptor& owner = *message.GetDescriptor();
     Tree map;
-    for (const Axis& axis : message.GetReflection()->GetRepeatedFieldRef<Axis>(message, &field)) {
-      Problem problem;
-      const FieldDescriptor* target =
-          FindAxisTarget(HoldsOnlyAxes(owner) ? root_ : owner, axis.path(), &problem);
+    for (const Axis* axis : AxesOf(message, field)) {
       Tree values = Tree::List();
-      for (const std::string& value : axis.values()) {
-        const std::string text = target == nullptr ? value : PrettyValue(*target, value);
-        values.items.push_back(Tree::Text(text));
+      for (const std::string& value : axis->values()) {
+        values.items.push_back(AxisValue(message, *axis, value));
       }
-      map.Put(axis.path(), std::move(values));
+      map.Put(axis->path(), std::move(values));
     }
     return map;
+  }
+
+  Tree Points(const Message& message, const FieldDescriptor& field) const {
+    const std::vector<const Axis*> axes = AxesOf(message, field);
+    Tree points = Tree::List();
+    for (int i = 0; !axes.empty() && i < axes.front()->values_size(); ++i) {
+      Tree point;
+      for (const Axis* axis : axes) {
+        if (i < axis->values_size()) {
+          point.Put(axis->path(), AxisValue(message, *axis, axis->values(i)));
+        }
+      }
+      points.items.push_back(std::move(point));
+    }
+    return points;
+  }
+
+  Tree AxisValue(const Message& message, const Axis& axis, const std::string& value) const {
+    const Descriptor& owner = *message.GetDescriptor();
+    Problem problem;
+    const FieldDescriptor* target =
+        FindAxisTarget(HoldsOnlyAxes(owner) ? root_ : owner, axis.path(), &problem);
+    return Tree::Text(target == nullptr ? value : PrettyValue(*target, value));
   }
 
   const Descriptor& root_;
@@ -247,9 +266,10 @@ std::vector<Section> Sections(const Descriptor& root) {
   return sections;
 }
 
-// What a field takes, in a few words.
-std::string Takes(const FieldDescriptor& field) {
+// What one value of a field takes, in a word or two.
+std::string TakesOne(const FieldDescriptor& field) {
   const Rule& rule = RuleOf(field);
+  if (rule.points()) return "list of path: value";
   if (rule.axes()) return "path: [values]";
   if (field.cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE)
     return field.is_repeated() ? "list" : "group";
@@ -281,6 +301,12 @@ std::string Takes(const FieldDescriptor& field) {
     default:
       return "whole number";
   }
+}
+
+// What a field takes, in a few words.
+std::string Takes(const FieldDescriptor& field) {
+  const bool values = field.is_repeated() && field.cpp_type() != FieldDescriptor::CPPTYPE_MESSAGE;
+  return absl::StrCat(values ? "list of " : "", TakesOne(field));
 }
 
 std::string DefaultText(const FieldDescriptor& field) {
@@ -368,14 +394,27 @@ Tree AxesSchema() {
   return schema;
 }
 
+Tree PointsSchema() {
+  Tree point;
+  point.Put("type", Tree::Text("object"));
+  Tree schema;
+  schema.Put("type", Tree::Text("array")).Put("minItems", Tree::Plain("1"));
+  schema.Put("items", std::move(point));
+  return schema;
+}
+
 Tree FieldSchema(const FieldDescriptor& field,
                  const std::function<Tree(const Descriptor&)>& refer) {
   const Rule& rule = RuleOf(field);
   Tree schema;
   if (rule.axes()) {
-    schema = AxesSchema();
+    schema = rule.points() ? PointsSchema() : AxesSchema();
   } else if (field.cpp_type() != FieldDescriptor::CPPTYPE_MESSAGE) {
-    schema = PlainSchema(field);
+    if (field.is_repeated()) {
+      schema.Put("type", Tree::Text("array")).Put("items", PlainSchema(field));
+    } else {
+      schema = PlainSchema(field);
+    }
   } else if (field.is_repeated()) {
     schema.Put("type", Tree::Text("array")).Put("items", refer(*field.message_type()));
   } else {

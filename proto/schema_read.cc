@@ -6,6 +6,7 @@
 #include <yaml-cpp/parser.h>
 
 #include <algorithm>
+#include <map>
 #include <set>
 #include <sstream>
 #include <utility>
@@ -238,13 +239,14 @@ class Reader {
     }
   }
 
-  // Lists of the schema hold messages.
   void ReadList(const Node& node, const FieldDescriptor& field, const std::string& path,
                 Message* message) {
     if (node.kind != Node::Kind::kList) {
       return Report(node.place, path, std::nullopt,
                     absl::StrCat("is ", KindName(node.kind), ", not a list"),
-                    "write entries as \"- {…}\"");
+                    field.cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE
+                        ? "write entries as \"- {…}\""
+                        : "write its values as \"[value, value]\"");
     }
     if (node.items.size() > limits::kArms) {
       return Report(node.place, path, std::nullopt, absl::StrCat(node.items.size(), " entries"),
@@ -256,6 +258,12 @@ class Reader {
     for (size_t i = 0; i < node.items.size(); ++i) {
       const std::string entry = absl::StrCat(path, "[", i, "]");
       places_.Set(entry, node.items[i].place);
+      if (field.cpp_type() != FieldDescriptor::CPPTYPE_MESSAGE) {
+        if (const std::optional<Value> value = ReadValue(node.items[i], field, entry)) {
+          AddRepeatedValue(message, field, *value);
+        }
+        continue;
+      }
       if (node.items[i].kind == Node::Kind::kNull) {
         Report(node.items[i].place, entry, std::nullopt, "empty entry",
                "write its fields or remove it");
@@ -267,6 +275,105 @@ class Reader {
 
   void ReadAxes(const Node& node, const FieldDescriptor& field, const std::string& path,
                 Message* message) {
+    const size_t before = problems_.problems().size();
+    if (RuleOf(field).points()) {
+      ReadPoints(node, field, path, message);
+    } else {
+      ReadAxisMap(node, field, path, message);
+    }
+    Problem problem = {.place = node.place, .field = path};
+    const bool sound = problems_.problems().size() == before;
+    if (sound && RuleOf(field).together() && !CheckTogether(AxesOf(*message, field), &problem)) {
+      problems_.Add(std::move(problem));
+    }
+  }
+
+  // A new axis for `key`, whose field goes to `target`; null if it names none.
+  Axis* AddAxis(const std::string& key, TextPlace place, const FieldDescriptor& field,
+                const std::string& axis_path, Message* message, const FieldDescriptor** target) {
+    places_.Set(axis_path, place);
+    const Descriptor& owner = *message->GetDescriptor();
+    Problem problem;
+    *target = FindAxisTarget(HoldsOnlyAxes(owner) ? root_ : owner, key, &problem);
+    if (*target == nullptr) {
+      Report(place, axis_path, std::nullopt, problem.what, problem.remedy);
+      return nullptr;
+    }
+    auto* axis = static_cast<Axis*>(message->GetReflection()->AddMessage(message, &field));
+    axis->set_path(key);
+    return axis;
+  }
+
+  // "- {path: value, path: value}": the paths of the first point are the axes, each point gives
+  // each of them a value.
+  void ReadPoints(const Node& node, const FieldDescriptor& field, const std::string& path,
+                  Message* message) {
+    constexpr char kForm[] = "write points as \"- {path.of.field: value}\"";
+    if (node.kind != Node::Kind::kList || node.items.empty()) {
+      return Report(node.place, path, std::nullopt,
+                    node.kind == Node::Kind::kList
+                        ? "empty list"
+                        : absl::StrCat("is ", KindName(node.kind), ", not a list"),
+                    kForm);
+    }
+    if (node.items.size() > limits::kValuesPerAxis) {
+      return Report(node.place, path, std::nullopt, absl::StrCat(node.items.size(), " points"),
+                    absl::StrCat("write at most ", limits::kValuesPerAxis));
+    }
+    struct Column {
+      Axis* axis;
+      const FieldDescriptor* target;
+    };
+    std::map<std::string, Column> columns;
+    for (size_t i = 0; i < node.items.size(); ++i) {
+      const Node& point = node.items[i];
+      const std::string point_path = absl::StrCat(path, "[", i, "]");
+      if (point.kind != Node::Kind::kMap || point.keys.empty()) {
+        return Report(point.place, point_path, std::nullopt,
+                      point.kind == Node::Kind::kMap
+                          ? "names no field"
+                          : absl::StrCat("is ", KindName(point.kind), ", not a mapping"),
+                      kForm);
+      }
+      if (point.keys.size() > limits::kAxes) {
+        return Report(point.place, point_path, std::nullopt,
+                      absl::StrCat(point.keys.size(), " fields"),
+                      absl::StrCat("name at most ", limits::kAxes));
+      }
+      std::set<std::string> seen;
+      for (size_t k = 0; k < point.keys.size(); ++k) {
+        const auto& [key, place] = point.keys[k];
+        const std::string axis_path = JoinPath(path, key);
+        if (!seen.insert(key).second) {
+          return Report(place, axis_path, std::nullopt, "written twice", "keep one of them");
+        }
+        if (i == 0) {
+          Column column = {};
+          column.axis = AddAxis(key, place, field, axis_path, message, &column.target);
+          if (column.axis == nullptr) return;
+          columns[key] = column;
+        }
+        const auto column = columns.find(key);
+        if (column == columns.end()) {
+          return Report(place, point_path, std::nullopt,
+                        absl::StrCat("names ", key, ", which the first point does not"),
+                        "name the same fields in all points");
+        }
+        if (const std::optional<Value> value =
+                ReadValue(point.items[k], *column->second.target, axis_path)) {
+          column->second.axis->add_values(CanonicalText(*column->second.target, *value));
+        }
+      }
+      for (const auto& [key, column] : columns) {
+        if (seen.contains(key)) continue;
+        return Report(point.place, point_path, std::nullopt, absl::StrCat("lacks ", key),
+                      "name the same fields in all points");
+      }
+    }
+  }
+
+  void ReadAxisMap(const Node& node, const FieldDescriptor& field, const std::string& path,
+                   Message* message) {
     if (node.kind != Node::Kind::kMap) {
       return Report(node.place, path, std::nullopt,
                     absl::StrCat("is ", KindName(node.kind), ", not a mapping"),
@@ -276,29 +383,23 @@ class Reader {
       return Report(node.place, path, std::nullopt, absl::StrCat(node.items.size(), " axes"),
                     absl::StrCat("write at most ", limits::kAxes));
     }
-    const Descriptor& owner = *message->GetDescriptor();
     std::set<std::string> seen;
     for (size_t i = 0; i < node.items.size(); ++i) {
       const auto& [key, place] = node.keys[i];
       const std::string axis_path = JoinPath(path, key);
-      places_.Set(axis_path, place);
-      Problem problem;
-      const FieldDescriptor* target =
-          FindAxisTarget(HoldsOnlyAxes(owner) ? root_ : owner, key, &problem);
-      if (target == nullptr) {
-        Report(place, axis_path, std::nullopt, problem.what, problem.remedy);
-      } else if (!seen.insert(key).second) {
+      if (!seen.insert(key).second) {
         Report(place, axis_path, std::nullopt, "written twice", "merge its values");
-      } else {
-        auto* axis = static_cast<Axis*>(message->GetReflection()->AddMessage(message, &field));
-        axis->set_path(key);
-        ReadAxisValues(node.items[i], *target, axis_path, axis);
+        continue;
+      }
+      const FieldDescriptor* target = nullptr;
+      if (Axis* axis = AddAxis(key, place, field, axis_path, message, &target)) {
+        ReadAxisValues(node.items[i], *target, axis_path, RuleOf(field).together(), axis);
       }
     }
   }
 
   void ReadAxisValues(const Node& node, const FieldDescriptor& target, const std::string& path,
-                      Axis* axis) {
+                      bool may_repeat, Axis* axis) {
     if (node.kind != Node::Kind::kList || node.items.empty()) {
       return Report(node.place, path, std::nullopt,
                     node.items.empty() && node.kind == Node::Kind::kList
@@ -315,7 +416,7 @@ class Reader {
       const std::optional<Value> value = ReadValue(item, target, path);
       if (!value) continue;
       std::string text = CanonicalText(target, *value);
-      if (!seen.insert(text).second) {
+      if (!seen.insert(text).second && !may_repeat) {
         Report(item.place, path, item.text, "the same value is listed twice", "remove one of them");
         continue;
       }

@@ -335,6 +335,23 @@ void SetValue(Message* message, const FieldDescriptor& field, const Value& value
   }
 }
 
+void AddRepeatedValue(Message* message, const FieldDescriptor& field, const Value& value) {
+  const google::protobuf::Reflection& reflection = *message->GetReflection();
+  switch (field.cpp_type()) {
+    case FieldDescriptor::CPPTYPE_UINT32:
+      return reflection.AddUInt32(message, &field,
+                                  static_cast<uint32_t>(std::get<uint64_t>(value)));
+    case FieldDescriptor::CPPTYPE_UINT64:
+      return reflection.AddUInt64(message, &field, std::get<uint64_t>(value));
+    case FieldDescriptor::CPPTYPE_DOUBLE:
+      return reflection.AddDouble(message, &field, std::get<double>(value));
+    case FieldDescriptor::CPPTYPE_STRING:
+      return reflection.AddString(message, &field, std::get<std::string>(value));
+    default:
+      KVSWEEP_CHECK(false) << field.full_name() << ": a list that specs do not use";
+  }
+}
+
 std::string CanonicalText(const FieldDescriptor& field, const Value& value) {
   return ToText(field, value, /*pretty=*/false);
 }

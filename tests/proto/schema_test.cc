@@ -94,13 +94,74 @@ repeats: many
       "s:5:20: load.arrivals.rate: value \"4\": is not a rate, such as 4/s, 90/min or inf",
       "s:5:33: load.arrivals.requests: value \"1.5\": is not a whole number",
       "s:6:12: load.lengths: is a list, not a mapping; write fields: trace, scale, max_total, "
-      "input, output, max_output",
+      "input, output, max_output, input_distribution, output_distribution",
       "s:7:20: kv.device_bytes: value \"1\": below the minimum 4KiB; write a value from 4KiB to "
       "909TiB",
       "s:8:55: arms[0].paged.block_size: value \"0\": below the minimum 1; write a value from 1 to "
       "1024",
       "s:9:10: repeats: value \"many\": is not a whole number"};
   EXPECT_EQ(problems, absl::StrJoin(expected, "\n"));
+}
+
+// The sweep of the spec, in another's place.
+std::string WithSweep(absl::string_view sweep) {
+  std::string text(kSpec);
+  const size_t begin = text.find("sweep: ");
+  return text.replace(begin, text.find('\n', begin) - begin, std::string(sweep));
+}
+
+TEST(SchemaRead, ZipAndListAreAxesThatAdvanceTogether) {
+  const std::string text = WithSweep(
+      "sweep:\n"
+      "  grid: {engine.batch_invariant: [on, off]}\n"
+      "  zip: {load.arrivals.rate: [4/s, 4/s, 240/min], kv.device_bytes: [1MiB, 2MiB, 3MiB]}\n"
+      "  list:\n"
+      "    - {load.lengths.input: 8, load.lengths.output: 4}\n"
+      "    - {load.lengths.output: 8, load.lengths.input: 8}\n");
+  Experiment experiment;
+  ASSERT_EQ(Problems(text, &experiment), "");
+  ASSERT_EQ(experiment.sweep().zip_size(), 2);
+  EXPECT_THAT(experiment.sweep().zip(0).values(), ::testing::ElementsAre("4/s", "4/s", "4/s"));
+  ASSERT_EQ(experiment.sweep().list_size(), 2);
+  EXPECT_EQ(experiment.sweep().list(1).path(), "load.lengths.output");
+  EXPECT_THAT(experiment.sweep().list(0).values(), ::testing::ElementsAre("8", "8"));
+  EXPECT_THAT(experiment.sweep().list(1).values(), ::testing::ElementsAre("4", "8"));
+  for (const std::string& printed : {ToYaml(experiment), ToPrettyJson(experiment)}) {
+    Experiment read;
+    ASSERT_EQ(Problems(printed, &read), "") << printed;
+    EXPECT_EQ(read.SerializeAsString(), experiment.SerializeAsString()) << printed;
+  }
+  EXPECT_EQ(ValidateMessage(experiment, "wire"), absl::OkStatus());
+  experiment.mutable_sweep()->mutable_zip(1)->mutable_values()->RemoveLast();
+  EXPECT_THAT(std::string(ValidateMessage(experiment, "wire").message()),
+              HasSubstr("sweep.zip: kv.device_bytes has 2 values and load.arrivals.rate has 3"));
+}
+
+TEST(SchemaRead, ZipAndListSayWhatDoesNotAddUp) {
+  const auto problems = [](const char* sweep) { return Problems(WithSweep(sweep)); };
+  EXPECT_THAT(problems("sweep: {zip: {load.arrivals.rate: [4/s, 8/s], kv.device_bytes: [1MiB]}}"),
+              HasSubstr("sweep.zip: kv.device_bytes has 1 values and load.arrivals.rate has 2"));
+  EXPECT_THAT(problems("sweep: {zip: {load.arrivals.rate: [4/s, 4/s]}}"),
+              HasSubstr("sweep.zip: points 1 and 2 are the same; remove one of them"));
+  EXPECT_THAT(problems("sweep: {list: {load.arrivals.rate: [4/s]}}"),
+              HasSubstr("sweep.list: is a mapping, not a list; write points as"));
+  EXPECT_THAT(problems("sweep: {list: []}"), HasSubstr("sweep.list: empty list"));
+  EXPECT_THAT(problems("sweep: {list: [4/s]}"),
+              HasSubstr("sweep.list[0]: is a single value, not a mapping"));
+  EXPECT_THAT(problems("sweep: {list: [{load.arrivals.rate: 4/s}, {kv.device_bytes: 1MiB}]}"),
+              HasSubstr("sweep.list[1]: names kv.device_bytes, which the first point does not"));
+  EXPECT_THAT(problems("sweep: {list: [{load.arrivals.rate: 4/s, repeats: 2}, {repeats: 3}]}"),
+              HasSubstr("sweep.list[1]: lacks load.arrivals.rate; name the same fields"));
+  EXPECT_THAT(problems("sweep: {list: [{load.arrivals.rat: 4/s}]}"),
+              HasSubstr("sweep.list.load.arrivals.rat: \"rat\" is an unknown field"));
+  EXPECT_THAT(problems("sweep: {list: [{load.arrivals.rate: 4}]}"),
+              HasSubstr("sweep.list.load.arrivals.rate: value \"4\": is not a rate"));
+}
+
+TEST(SchemaRead, ListsOfNumbersTakeUnitsAndNameTheirEntries) {
+  const std::string quality = "quality: {passkey: {depths: [10%, 0.5, 2]}}\n";
+  EXPECT_THAT(Problems(absl::StrCat(kSpec, quality)),
+              HasSubstr("quality.passkey.depths[2]: value \"2\": above the maximum 1"));
 }
 
 TEST(SchemaRead, ListOfProblemsIsBounded) {
@@ -193,6 +254,13 @@ void FillRandomly(Random* random, Message* message) {
     const double low = rule.has_min() ? rule.min() : 0;
     const double high = std::min(rule.has_max() ? rule.max() : 1e6, 4e9);
     const double drawn = low + random->UniformDouble() * (high - low);
+    if (field.is_repeated()) {
+      ASSERT_EQ(field.cpp_type(), FieldDescriptor::CPPTYPE_DOUBLE) << field.full_name();
+      for (uint64_t k = random->Uniform(4); k <= 4; ++k) {
+        reflection->AddDouble(message, &field, low + random->UniformDouble() * (high - low));
+      }
+      continue;
+    }
     switch (field.cpp_type()) {
       case FieldDescriptor::CPPTYPE_BOOL:
         reflection->SetBool(message, &field, random->Bernoulli(0.5));
@@ -367,7 +435,8 @@ TEST(SchemaRules, EveryFieldIsDescribedAndEveryDefaultIsSound) {
     EXPECT_TRUE(!rule.required() || rule.default_value().empty());
     if (!rule.default_value().empty()) internal_schema::DefaultOf(field);  // aborts when unsound
     const bool plain = field.cpp_type() != FieldDescriptor::CPPTYPE_MESSAGE;
-    EXPECT_TRUE(!plain || field.has_presence());
+    EXPECT_TRUE(!plain || field.is_repeated() || field.has_presence());
+    EXPECT_TRUE(rule.axes() || !(rule.together() || rule.points()));
   });
 }
 
@@ -417,7 +486,7 @@ TEST(SchemaPaths, FindsNamedFiles) {
   EXPECT_THAT(found, ::testing::UnorderedElementsAre("model.path=m/", "sweep.grid.load.text=a.txt",
                                                      "sweep.grid.load.text=b.txt"));
   EXPECT_THAT(StrategyNames(*Arm::descriptor()),
-              ::testing::ElementsAre("paged", "h2o", "infinigen"));
+              ::testing::ElementsAre("paged", "h2o", "infinigen", "streaming_llm"));
 }
 
 TEST(SourceMapTest, FallsBackToWhatIsAround) {
