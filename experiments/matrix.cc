@@ -35,23 +35,26 @@ uint64_t MultiplySaturating(uint64_t a, uint64_t b) {
   return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
 }
 
-template <typename AxisList>
-uint64_t ProductSize(const AxisList& axes) {
+uint64_t ProductSize(const std::vector<uint64_t>& radices) {
   uint64_t size = 1;
-  for (const Axis& axis : axes) size = MultiplySaturating(size, axis.values_size());
+  for (const uint64_t radix : radices) size = MultiplySaturating(size, radix);
   return size;
 }
 
-// Position `index` of the product as one digit for each axis, the last axis fastest.
-template <typename AxisList>
-std::vector<size_t> Digits(const AxisList& axes, uint64_t index) {
-  std::vector<size_t> digits(axes.size());
+// Position `index` of the product as one digit for each radix, the last fastest.
+std::vector<size_t> Digits(const std::vector<uint64_t>& radices, uint64_t index) {
+  std::vector<size_t> digits(radices.size());
   for (size_t i = digits.size(); i > 0; --i) {
-    const uint64_t radix = axes[static_cast<int>(i - 1)].values_size();
-    digits[i - 1] = index % radix;
-    index /= radix;
+    digits[i - 1] = index % radices[i - 1];
+    index /= radices[i - 1];
   }
   return digits;
+}
+
+std::vector<uint64_t> Radices(const Axes& axes) {
+  std::vector<uint64_t> radices;
+  for (const Axis& axis : axes) radices.push_back(axis.values_size());
+  return radices;
 }
 
 std::string LastComponent(const std::string& path) { return path.substr(path.rfind('.') + 1); }
@@ -117,7 +120,7 @@ absl::StatusOr<Matrix> Matrix::Create(const Experiment& experiment,
   base.mutable_engine();
   base.mutable_limits();
   ApplyDefaults(&base);
-  matrix.axes_.assign(experiment.sweep().grid().begin(), experiment.sweep().grid().end());
+  matrix.SetAxes(experiment.sweep());
   matrix.repeats_ = base.repeats();
   matrix.round_arms_ = base.round_arms();
   matrix.has_quality_ = base.has_quality();
@@ -125,9 +128,9 @@ absl::StatusOr<Matrix> Matrix::Create(const Experiment& experiment,
   // Count before anything is made.
   uint64_t arms = 0;
   for (const Arm& arm : experiment.arms()) {
-    arms += std::min<uint64_t>(ProductSize(arm.grid()), UINT32_MAX);
+    arms += std::min<uint64_t>(ProductSize(Radices(arm.grid())), UINT32_MAX);
   }
-  matrix.cell_count_ = ProductSize(experiment.sweep().grid());
+  matrix.cell_count_ = ProductSize(matrix.radices_);
   const uint64_t trials =
       MultiplySaturating(MultiplySaturating(matrix.cell_count_, matrix.repeats_), arms);
   if (trials > static_cast<uint64_t>(limits::kTrialsPerExperiment)) {
@@ -147,14 +150,26 @@ absl::StatusOr<Matrix> Matrix::Create(const Experiment& experiment,
   return matrix;
 }
 
+void Matrix::SetAxes(const Sweep& sweep) {
+  absl::string_view group;
+  for (const auto& [axis, axis_group] : SweepAxes(sweep)) {
+    const bool own_digit = axis_group == absl::string_view("grid") || axis_group != group;
+    if (own_digit) radices_.push_back(axis.values_size());
+    group = axis_group;
+    axes_.push_back(axis);
+    digit_of_axis_.push_back(radices_.size() - 1);
+  }
+}
+
 absl::Status Matrix::ExpandArms(const Experiment& experiment) {
   std::set<std::string> names;
   for (const Arm& arm : experiment.arms()) {
-    const uint64_t count = ProductSize(arm.grid());
+    const std::vector<uint64_t> radices = Radices(arm.grid());
+    const uint64_t count = ProductSize(radices);
     for (uint64_t i = 0; i < count; ++i) {
       Arm expanded = arm;
       expanded.clear_grid();
-      const std::vector<size_t> digits = Digits(arm.grid(), i);
+      const std::vector<size_t> digits = Digits(radices, i);
       for (size_t k = 0; k < digits.size(); ++k) {
         const Axis& axis = arm.grid(static_cast<int>(k));
         RETURN_IF_ERROR(SetField(&expanded, axis.path(), axis.values(static_cast<int>(digits[k]))));
@@ -202,12 +217,14 @@ absl::Status Matrix::CheckCombinations() const {
 
 void Matrix::FindQualityTrials() {
   std::set<std::string> keys;
+  std::vector<bool> matters(radices_.size());
+  for (size_t i = 0; i < axes_.size(); ++i) {
+    if (MattersForQuality(axes_[i].path())) matters[digit_of_axis_[i]] = true;
+  }
   for (uint64_t cell = 0; cell < cell_count_; ++cell) {
-    const std::vector<size_t> digits = Digits(axes_, cell);
+    const std::vector<size_t> digits = Digits(radices_, cell);
     bool first_of_its_kind = true;
-    for (size_t i = 0; i < axes_.size(); ++i) {
-      first_of_its_kind &= digits[i] == 0 || MattersForQuality(axes_[i].path());
-    }
+    for (size_t i = 0; i < digits.size(); ++i) first_of_its_kind &= digits[i] == 0 || matters[i];
     if (!first_of_its_kind) continue;
     for (size_t arm = 0; arm < arms_.size(); ++arm) {
       if (keys.insert(ContentKey(QualityTrial(arm, cell))).second) quality_.emplace_back(arm, cell);
@@ -217,10 +234,17 @@ void Matrix::FindQualityTrials() {
 
 // ------------------------------------------------------------------------------------- reading
 
+std::vector<size_t> Matrix::ValueIndices(uint64_t cell) const {
+  const std::vector<size_t> digits = Digits(radices_, cell);
+  std::vector<size_t> indices;
+  for (const size_t digit : digit_of_axis_) indices.push_back(digits[digit]);
+  return indices;
+}
+
 Cell Matrix::CellAt(uint64_t index) const {
   KVSWEEP_CHECK_LT(index, cell_count_);
   Cell cell;
-  const std::vector<size_t> digits = Digits(axes_, index);
+  const std::vector<size_t> digits = ValueIndices(index);
   for (size_t i = 0; i < digits.size(); ++i) {
     cell.values.emplace_back(axes_[i].path(), axes_[i].values(static_cast<int>(digits[i])));
   }
@@ -287,13 +311,13 @@ PlannedRound Matrix::RoundAt(uint64_t index) const {
     planned->set_content_key(ContentKey(trials[i]));
     *planned->mutable_spec() = std::move(trials[i]);
   }
-  round.spec.set_uses_host_tier(uses_host_tier);
+  round.spec.set_uses_host_tier(uses_host_tier && !experiment_.colocate());
   return round;
 }
 
 TrialSpec Matrix::BaseTrial(size_t arm, uint64_t cell) const {
   Experiment point = experiment_;
-  const std::vector<size_t> digits = Digits(axes_, cell);
+  const std::vector<size_t> digits = ValueIndices(cell);
   for (size_t i = 0; i < digits.size(); ++i) {
     KVSWEEP_CHECK_OK(
         SetField(&point, axes_[i].path(), axes_[i].values(static_cast<int>(digits[i]))));
@@ -306,6 +330,7 @@ TrialSpec Matrix::BaseTrial(size_t arm, uint64_t cell) const {
   *trial.mutable_engine() = std::move(*point.mutable_engine());
   *trial.mutable_limits() = std::move(*point.mutable_limits());
   if (point.has_slo()) *trial.mutable_slo() = std::move(*point.mutable_slo());
+  if (point.regime() != Experiment::REGIME_EQUAL_DEVICE_BYTES) trial.set_regime(point.regime());
   *trial.mutable_arm() = arms_[arm];
   trial.mutable_kv()->MergeFrom(trial.arm().kv());
   trial.mutable_arm()->clear_kv();
@@ -361,6 +386,7 @@ std::string ContentKey(const TrialSpec& trial) {
   // Names, and what has gone into the seeds and digests.
   content.mutable_arm()->clear_name();
   content.clear_repeat();
+  content.clear_regime();
   if (content.has_load()) content.mutable_load()->mutable_arrivals()->clear_seed();
   if (trial.has_model_reference()) {
     content.mutable_model()->set_path(absl::BytesToHexString(trial.model_reference().digest()));
@@ -387,6 +413,10 @@ Seeds SeedsOfRepeat(uint64_t base_seed, uint32_t repeat) {
   return seeds;
 }
 
-bool UsesHostTier(const Arm& arm) { return arm.strategy() == "infinigen"; }
+bool UsesHostTier(const Arm& arm) {
+  return arm.strategy() == "infinigen" || arm.paged().preemption() == Paged::PREEMPTION_SWAP ||
+         arm.h2o().tier() == H2o::TIER_HOST ||
+         (arm.strategy() == "h2o" && arm.h2o().preemption() == H2o::PREEMPTION_SWAP);
+}
 
 }  // namespace kvsweep

@@ -4,8 +4,10 @@
 //
 // Order (part of the contract, tested):
 //   arms     in the order of the spec; an arm with a grid becomes the product of its axes, the last
-//   axis fastest cells    the product of sweep.grid, the last axis fastest; one cell without a
-//   sweep rounds   for each repeat, for each cell, for each group of arms; then the quality rounds
+//            axis fastest
+//   cells    the product of sweep.grid's axes, the points of sweep.zip and the points of
+//            sweep.list, the last fastest; one cell without a sweep
+//   rounds   for each repeat, for each cell, for each group of arms; then the quality rounds
 //   trials   the arms of the group and the reference, in an order drawn from the seed
 // Repeats are outermost, so that a campaign that is cut short has something of every cell.
 //
@@ -88,6 +90,9 @@ class Matrix {
   uint64_t groups() const;
   uint64_t load_rounds() const { return repeats_ * cell_count_ * groups(); }
   std::vector<size_t> GroupArms(uint64_t group) const;
+  // Which value each axis has in a cell.
+  std::vector<size_t> ValueIndices(uint64_t cell) const;
+  void SetAxes(const Sweep& sweep);
   TrialSpec BaseTrial(size_t arm, uint64_t cell) const;
   absl::Status ExpandArms(const Experiment& experiment);
   absl::Status CheckCombinations() const;
@@ -96,7 +101,10 @@ class Matrix {
   Experiment experiment_;  // defaults filled in, arms and sweep removed
   ExperimentInputs inputs_;
   std::vector<Arm> arms_;
-  std::vector<Axis> axes_;
+  std::vector<Axis> axes_;             // of the sweep
+  std::vector<size_t> digit_of_axis_;  // those of zip share a digit of the cell's number, so do
+                                       // those of list
+  std::vector<uint64_t> radices_;      // by digit, the last fastest
   uint64_t cell_count_ = 1;
   size_t reference_ = 0;
   uint64_t repeats_ = 0;
@@ -115,8 +123,8 @@ std::string ContentKey(const TrialSpec& trial);
 // The three seeds of a repeat.
 Seeds SeedsOfRepeat(uint64_t base_seed, uint32_t repeat);
 
-// Whether the arm's strategy moves KV over the host link, so that rounds with it keep a machine to
-// themselves.
+// Whether the arm moves KV over the host link, by its strategy or by swapping, so that rounds with
+// it keep the link to themselves.
 bool UsesHostTier(const Arm& arm);
 
 }  // namespace kvsweep

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
+#include <map>
+#include <optional>
 #include <set>
 
 #include "absl/strings/ascii.h"
@@ -10,39 +12,20 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "base/file.h"
 #include "base/limits.h"
 #include "base/status_macros.h"
 #include "base/text.h"
+#include "experiments/arrivals.h"
+#include "experiments/spec_checks.h"
+#include "experiments/trace.h"
 
 namespace kvsweep {
 namespace {
 
 // Groups of the spec that a sweep may vary.
 constexpr absl::string_view kSweepable[] = {"load.", "kv.", "engine."};
-
-// Reports problems under a common prefix.
-class Reporter {
- public:
-  Reporter(std::string prefix, ProblemList* problems)
-      : prefix_(std::move(prefix)), problems_(*problems) {}
-
-  void Add(absl::string_view field, std::string what, std::string remedy) const {
-    problems_.Add(
-        {.field = absl::StrCat(prefix_, prefix_.empty() || field.empty() ? "" : ".", field),
-         .what = std::move(what),
-         .remedy = std::move(remedy)});
-  }
-
-  // A setting that would be recorded and never take effect.
-  void Useless(bool written, absl::string_view field, absl::string_view why) const {
-    if (written) Add(field, absl::StrCat("has no effect: ", why), "remove it");
-  }
-
- private:
-  const std::string prefix_;
-  ProblemList& problems_;
-};
 
 std::string Join(absl::string_view prefix, absl::string_view name) {
   return absl::StrCat(prefix, prefix.empty() ? "" : ".", name);
@@ -72,43 +55,6 @@ void CheckModel(const Model& model, const std::string& path, ProblemList* proble
   report.Useless(model.weights() != Model::WEIGHTS_RANDOM && model.has_weights_seed() &&
                      model.weights_seed() != 1,
                  "weights_seed", "weights are trained");
-}
-
-void CheckArrivals(const Arrivals& arrivals, const std::string& path, ProblemList* problems) {
-  const Reporter report(path, problems);
-  const bool closed = arrivals.process() == Arrivals::PROCESS_CLOSED;
-  const bool poisson = arrivals.process() == Arrivals::PROCESS_POISSON;
-  if (poisson && !arrivals.has_rate()) {
-    report.Add("rate", "missing", "poisson arrivals need a mean rate, such as 4/s");
-  }
-  report.Useless(!poisson && arrivals.has_rate(), "rate", "only poisson arrivals have a rate");
-  if (closed && !arrivals.has_concurrency()) {
-    report.Add("concurrency", "missing", "a closed loop needs the number of requests in flight");
-  }
-  report.Useless(!closed && arrivals.has_concurrency(), "concurrency",
-                 "only a closed loop has a concurrency");
-}
-
-void CheckLengths(const Lengths& lengths, const std::string& path, ProblemList* problems) {
-  const Reporter report(path, problems);
-  const bool fixed = lengths.has_input() || lengths.has_output();
-  if (lengths.has_trace() == fixed) {
-    report.Add("", fixed ? "names both a trace and fixed lengths" : "names no lengths",
-               "give either \"trace\", or \"input\" and \"output\"");
-  } else if (fixed && !(lengths.has_input() && lengths.has_output())) {
-    report.Add(lengths.has_input() ? "output" : "input", "missing",
-               "fixed lengths need input and output");
-  } else if (fixed) {
-    const uint64_t total = uint64_t{lengths.input()} + lengths.output();
-    if (lengths.has_max_total() && total > lengths.max_total()) {
-      report.Add("max_total",
-                 absl::StrCat("input ", lengths.input(), " and output ", lengths.output(),
-                              " do not fit ", lengths.max_total()),
-                 absl::StrCat("write at least ", total));
-    }
-    report.Useless(lengths.has_scale() && lengths.scale() != 1, "scale", "lengths are fixed");
-    report.Useless(lengths.has_max_output(), "max_output", "the output length is fixed");
-  }
 }
 
 void CheckKv(const Kv& kv, const std::string& path, ProblemList* problems) {
@@ -152,6 +98,51 @@ void CheckH2o(const H2o& h2o, const std::string& path, ProblemList* problems) {
   CheckBudgetBase(h2o, report);
 }
 
+void CheckPaged(const Paged& paged, const std::string& path, ProblemList* problems) {
+  if (paged.reservation() == Paged::RESERVATION_PAGED) return;
+  const Reporter report(path, problems);
+  report.Useless(paged.preemption() == Paged::PREEMPTION_SWAP, "preemption",
+                 "what is reserved at admission is never preempted");
+  report.Useless(paged.victim() != Paged::VICTIM_LAST_IN, "victim",
+                 "what is reserved at admission is never preempted");
+  report.Useless(paged.prefix_caching() == Paged::PREFIX_CACHING_SHARED, "prefix_caching",
+                 "a reserved piece belongs to one request");
+  report.Useless(paged.watermark() > 0, "watermark", "reservation takes all at admission");
+  report.Useless(paged.admit_whole_prompt(), "admit_whole_prompt",
+                 "reservation takes all at admission");
+}
+
+// What an arm needs of the trial around it.
+void CheckArmInTrial(const TrialSpec& trial, absl::string_view prefix, ProblemList* problems) {
+  const Arm& arm = trial.arm();
+  const bool paged = arm.strategy() == "paged";
+  if (trial.kv().dtype() == Kv::DTYPE_FP8_E4M3 && !paged) {
+    Reporter(Join(prefix, "kv"), problems)
+        .Add("dtype",
+             absl::StrCat("fp8_e4m3 is stored by paged only, and arm ", arm.name(), " is ",
+                          arm.strategy()),
+             "give the paged arm a kv of its own: arms[].kv: {dtype: fp8_e4m3}");
+  }
+  if (paged && arm.paged().preemption() == Paged::PREEMPTION_SWAP && trial.kv().host_bytes() == 0) {
+    Reporter(Join(prefix, "kv"), problems)
+        .Add("host_bytes", "0 leaves no room to swap to", "raise it, or preempt by recompute");
+  }
+  if (trial.kind() == TrialSpec::KIND_LOAD &&
+      trial.load().samples() > trial.engine().max_num_seqs()) {
+    Reporter(Join(prefix, "load"), problems)
+        .Add("samples",
+             absl::StrCat(trial.load().samples(),
+                          " samples of a prompt run side by side, "
+                          "more than the ",
+                          trial.engine().max_num_seqs(), " sequences of engine.max_num_seqs"),
+             "lower it, or raise max_num_seqs");
+  }
+  if (trial.load().samples() > 1 && trial.load().sessions().turns() > 1) {
+    Reporter(Join(prefix, "load"), problems)
+        .Add("samples", "a chat goes on from one answer", "remove samples, or sessions");
+  }
+}
+
 void CheckArm(const Arm& arm, const std::string& path, ProblemList* problems) {
   const Reporter report(path, problems);
   const std::vector<std::string> names = StrategyNames(*Arm::descriptor());
@@ -169,6 +160,7 @@ void CheckArm(const Arm& arm, const std::string& path, ProblemList* problems) {
     report.Useless(name != arm.strategy() && arm.GetReflection()->HasField(arm, field), name,
                    absl::StrCat("the arm's strategy is ", arm.strategy()));
   }
+  if (arm.strategy() == "paged") CheckPaged(arm.paged(), Join(path, "paged"), problems);
   if (arm.strategy() == "h2o") CheckH2o(arm.h2o(), Join(path, "h2o"), problems);
   if (arm.strategy() == "infinigen") {
     CheckBudgetBase(arm.infinigen(), Reporter(Join(path, "infinigen"), problems));
@@ -204,8 +196,14 @@ bool IsSweepable(absl::string_view path) {
 }
 
 void CheckSweep(const Experiment& experiment, ProblemList* problems) {
-  for (const Axis& axis : experiment.sweep().grid()) {
-    const Reporter report(absl::StrCat("sweep.grid.", axis.path()), problems);
+  std::map<std::string, std::string> groups;
+  for (const auto& [axis, group] : SweepAxes(experiment.sweep())) {
+    const Reporter report(absl::StrCat("sweep.", group, ".", axis.path()), problems);
+    const auto [other, fresh] = groups.emplace(axis.path(), group);
+    if (!fresh) {
+      report.Add("", absl::StrCat("is varied by sweep.", other->second, " too"),
+                 "name it in one of them");
+    }
     if (!IsSweepable(axis.path())) {
       report.Add("", "cannot be an axis of the sweep",
                  "vary load, kv or engine here and arms by arms[].grid; write one spec for each "
@@ -230,7 +228,7 @@ void CheckArmAxes(const Experiment& experiment, const Arm& arm, const std::strin
         .Add("", "cannot be an axis of this arm",
              absl::StrCat("vary fields of ", arm.strategy(), " or kv"));
   }
-  for (const Axis& axis : experiment.sweep().grid()) {
+  for (const auto& [axis, group] : SweepAxes(experiment.sweep())) {
     if (!absl::StartsWith(axis.path(), "kv.")) continue;
     const auto* field = Kv::descriptor()->FindFieldByName(axis.path().substr(3));
     const bool set = field != nullptr && arm.kv().GetReflection()->HasField(arm.kv(), field);
@@ -241,12 +239,41 @@ void CheckArmAxes(const Experiment& experiment, const Arm& arm, const std::strin
   }
 }
 
-// The values of each axis that come first: with them, the spec is one trial that can be judged.
-template <typename M, typename Axes>
-void ApplyFirstValues(const Axes& axes, M* message) {
-  for (const Axis& axis : axes) {
-    // Unsound axes have been reported by their own check.
-    if (axis.values_size() > 0) SetField(message, axis.path(), axis.values(0)).IgnoreError();
+// The value of an axis that comes first: with these, the spec is one trial that can be judged.
+// Unsound axes have been reported by their own check.
+template <typename M>
+void ApplyFirstValue(const Axis& axis, M* message) {
+  if (axis.values_size() > 0) SetField(message, axis.path(), axis.values(0)).IgnoreError();
+}
+
+// Equal bytes are claimed by default, so whoever gives arms different ones has to say what is
+// claimed instead.
+void CheckEqualBytes(const Experiment& experiment, ProblemList* problems) {
+  if (experiment.regime() != Experiment::REGIME_EQUAL_DEVICE_BYTES) return;
+  // Arms that override an axis are reported by its own check.
+  for (const auto& [axis, group] : SweepAxes(experiment.sweep())) {
+    if (axis.path() == "kv.device_bytes") return;
+  }
+  const auto report = [&](const std::string& field) {
+    problems->Add({.field = field,
+                   .what = "gives arms different device memory, and the regime is "
+                           "equal_device_bytes",
+                   .remedy = "give all the same, or write \"regime: kv_fits\" or \"regime: "
+                             "equal_batch\""});
+  };
+  std::optional<uint64_t> bytes;
+  for (int i = 0; i < experiment.arms_size(); ++i) {
+    const Arm& arm = experiment.arms(i);
+    for (const Axis& axis : arm.grid()) {
+      if (axis.path() == "kv.device_bytes" && axis.values_size() > 1) {
+        return report(absl::StrCat("arms[", i, "].grid.kv.device_bytes"));
+      }
+    }
+    const Kv& kv = arm.kv().has_device_bytes() ? arm.kv() : experiment.kv();
+    if (bytes && *bytes != kv.device_bytes()) {
+      return report(absl::StrCat("arms[", i, "].kv.device_bytes"));
+    }
+    bytes = kv.device_bytes();
   }
 }
 
@@ -276,13 +303,43 @@ absl::Status ApplyOverrides(const std::vector<std::string>& overrides, Experimen
           absl::StrCat("override \"", text, "\": write path=value, such as kv.device_bytes=12MiB"));
     }
     RETURN_IF_ERROR(Annotate(SetField(experiment, parts.first, parts.second), "override"));
-    for (const Axis& axis : experiment->sweep().grid()) {
+    for (const auto& [axis, group] : SweepAxes(experiment->sweep())) {
       if (axis.path() != parts.first) continue;
       return absl::InvalidArgumentError(absl::StrCat(
           "override: ", parts.first, ": has no effect, since the sweep varies it; edit the sweep"));
     }
   }
   return absl::OkStatus();
+}
+
+// Reads the traces that travel, so that a damaged one is told before anything runs; larger ones are
+// left to the runner. What a replay needs of its trace is held to the first values of all axes.
+void CheckTraces(const Experiment& experiment, const ResolvedInputs& resolved,
+                 ProblemList* problems) {
+  Experiment first = experiment;
+  for (const auto& [axis, group] : SweepAxes(experiment.sweep())) ApplyFirstValue(axis, &first);
+  ApplyDefaults(first.mutable_load());
+  std::set<std::string> seen;
+  for (const NamedPath& named : FindNamedPaths(experiment)) {
+    if (!absl::EndsWith(named.field, "load.lengths.trace") || !seen.insert(named.value).second) {
+      continue;
+    }
+    const FileReference* file = resolved.inputs.FindFile(named.value);
+    if (file == nullptr || file->bytes() > uint64_t{limits::kTravellingFileBytes}) continue;
+    const absl::StatusOr<std::string> text =
+        ReadFile(resolved.local_paths.at(named.value), limits::kTravellingFileBytes);
+    const absl::StatusOr<Trace> trace =
+        text.ok() ? ParseTrace(*text, named.value) : absl::StatusOr<Trace>(text.status());
+    absl::Status status = trace.status();
+    const bool replayed = first.load().arrivals().process() == Arrivals::PROCESS_REPLAY &&
+                          first.load().lengths().trace() == named.value;
+    if (status.ok() && replayed) {
+      status = DrawArrivals(first.load().arrivals(), 0, &*trace).status();
+    }
+    if (!status.ok()) {
+      problems->Add({.field = named.field, .what = std::string(status.message())});
+    }
+  }
 }
 
 // Reads and checks a text; `places` receives where its fields stand.
@@ -301,6 +358,19 @@ absl::StatusOr<Experiment> Parse(absl::string_view text, absl::string_view sourc
 
 }  // namespace
 
+std::string RegimeName(Experiment::Regime regime) {
+  const std::string& name = Experiment::Regime_Name(regime);
+  return absl::AsciiStrToLower(absl::StripPrefix(name, "REGIME_"));
+}
+
+std::vector<SweepAxis> SweepAxes(const Sweep& sweep) {
+  std::vector<SweepAxis> axes;
+  for (const Axis& axis : sweep.grid()) axes.push_back({axis, "grid"});
+  for (const Axis& axis : sweep.zip()) axes.push_back({axis, "zip"});
+  for (const Axis& axis : sweep.list()) axes.push_back({axis, "list"});
+  return axes;
+}
+
 void ApplyArmDefaults(Arm* arm) {
   const std::vector<std::string> names = StrategyNames(*Arm::descriptor());
   if (std::find(names.begin(), names.end(), arm->strategy()) == names.end()) return;
@@ -313,12 +383,13 @@ void CheckTrial(const TrialSpec& trial, absl::string_view prefix, ProblemList* p
   CheckKv(trial.kv(), Join(prefix, "kv"), problems);
   CheckEngine(trial.engine(), Join(prefix, "engine"), problems);
   CheckArm(trial.arm(), Join(prefix, "arm"), problems);
+  CheckArmInTrial(trial, prefix, problems);
   if (trial.kind() == TrialSpec::KIND_QUALITY) {
     CheckQuality(trial.quality(), trial.model(), trial.quality().has_text(),
                  Join(prefix, "quality"), problems);
   } else {
-    CheckArrivals(trial.load().arrivals(), Join(prefix, "load.arrivals"), problems);
-    CheckLengths(trial.load().lengths(), Join(prefix, "load.lengths"), problems);
+    CheckLoad(trial.load(), Join(prefix, "load"), problems);
+    CheckRegime(trial.regime(), trial.load(), trial.engine(), problems);
   }
 }
 
@@ -329,11 +400,12 @@ void CheckExperiment(const Experiment& experiment, ProblemList* problems) {
 
   Experiment first = experiment;
   first.mutable_engine();
-  ApplyFirstValues(experiment.sweep().grid(), &first);
+  for (const auto& [axis, group] : SweepAxes(experiment.sweep())) ApplyFirstValue(axis, &first);
   CheckModel(first.model(), "model", problems);
-  CheckArrivals(first.load().arrivals(), "load.arrivals", problems);
-  CheckLengths(first.load().lengths(), "load.lengths", problems);
+  CheckLoad(first.load(), "load", problems);
   ApplyDefaults(first.mutable_engine());
+  CheckRegime(first.regime(), first.load(), first.engine(), problems);
+  CheckEqualBytes(experiment, problems);
   CheckEngine(first.engine(), "engine", problems);
   if (first.has_quality()) {
     ApplyDefaults(first.mutable_quality());
@@ -354,7 +426,7 @@ void CheckExperiment(const Experiment& experiment, ProblemList* problems) {
                      .remedy = "name each arm differently"});
     }
     CheckArmAxes(experiment, arm, path, problems);
-    ApplyFirstValues(experiment.arms(i).grid(), &arm);
+    for (const Axis& axis : experiment.arms(i).grid()) ApplyFirstValue(axis, &arm);
     ApplyArmDefaults(&arm);
     CheckArm(arm, path, problems);
     every_arm_has_bytes = every_arm_has_bytes && arm.kv().has_device_bytes();
@@ -385,6 +457,7 @@ absl::StatusOr<LoadedExperiment> LoadExperiment(const std::string& path,
   ProblemList problems;
   loaded.resolved = ResolveInputs(loaded.experiment,
                                   std::filesystem::path(path).parent_path().string(), &problems);
+  if (problems.empty()) CheckTraces(loaded.experiment, loaded.resolved, &problems);
   RETURN_IF_ERROR(problems.Located(places).ToStatus(path));
   return loaded;
 }

@@ -53,6 +53,18 @@ void CheckExperiment(const Experiment& experiment, ProblemList* problems);
 // `prefix` goes before the field paths.
 void CheckTrial(const TrialSpec& trial, absl::string_view prefix, ProblemList* problems);
 
+// "equal_device_bytes", "kv_fits", "equal_batch".
+std::string RegimeName(Experiment::Regime regime);
+
+// An axis of a sweep and where it stands: "grid", "zip" or "list".
+struct SweepAxis {
+  const Axis& axis;
+  const char* group;
+};
+
+// All axes of a sweep, in the order of the cells' values: grid, zip, list.
+std::vector<SweepAxis> SweepAxes(const Sweep& sweep);
+
 // Fills in the defaults of the arm's own strategy block (made if it is not written), and of nothing
 // else: what arm.kv overrides stays what was written.
 void ApplyArmDefaults(Arm* arm);

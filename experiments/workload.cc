@@ -1,15 +1,12 @@
 #include "experiments/workload.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
-#include "absl/time/civil_time.h"
 #include "base/check.h"
 #include "base/clock.h"
 #include "base/limits.h"
@@ -19,158 +16,87 @@
 namespace kvsweep {
 namespace {
 
-constexpr absl::string_view kAzureHeader = "TIMESTAMP,ContextTokens,GeneratedTokens";
-
-// Set apart from the seeds of the measured requests.
+// What a derived seed is for; part of the contract, since results are named by seeds. Each sets its
+// draws apart from the plain ones of the same seed.
 constexpr uint64_t kWarmupSalt = 0x7761726d;  // "warm"
+constexpr uint64_t kTurnSalt = 0x7475726e;    // "turn"
+constexpr uint64_t kBlockSalt = 0x626c6f63;   // "bloc"
+constexpr uint64_t kInputSalt = 0x696e70;     // "inp"
+constexpr uint64_t kOutputSalt = 0x6f7574;    // "out"
 
-absl::Status LineError(absl::string_view source, size_t line, absl::string_view text,
-                       absl::string_view what) {
-  return absl::InvalidArgumentError(absl::StrCat(source, ":", line, ": \"", text.substr(0, 60),
-                                                 text.size() > 60 ? "…" : "", "\": ", what));
-}
-
-// The text up to `separator`, which is taken off `rest` with it.
-absl::string_view TakeUntil(char separator, absl::string_view* rest) {
-  const size_t end = std::min(rest->find(separator), rest->size());
-  const absl::string_view taken = rest->substr(0, end);
-  rest->remove_prefix(std::min(end + 1, rest->size()));
-  return taken;
-}
-
-template <typename T>
-bool ParseDigits(absl::string_view text, T* value) {
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *value);
-  return error == std::errc() && end == text.data() + text.size() && !text.empty() &&
-         absl::ascii_isdigit(text[0]);
-}
-
-// "2023-11-16 18:15:46.6805900" in nanoseconds since 1970.
-std::optional<int64_t> ParseTimestamp(absl::string_view text) {
-  int32_t parts[6];
-  constexpr char kSeparators[] = "-- ::.";
-  for (int i = 0; i < 6; ++i) {
-    const bool fraction_follows = i == 5;
-    const absl::string_view part = TakeUntil(kSeparators[i], &text);
-    if (part.size() > 4 || !ParseDigits(part, &parts[i])) return std::nullopt;
-    if (!fraction_follows && text.empty()) return std::nullopt;
-  }
-  if (text.size() > 9) return std::nullopt;
-  int64_t nanoseconds = 0;
-  if (!text.empty() && !ParseDigits(text, &nanoseconds)) return std::nullopt;
-  for (size_t digits = text.size(); digits < 9; ++digits) nanoseconds *= 10;
-  const absl::CivilSecond second(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5]);
-  // A civil time that was moved by normalising was none.
-  if (second.month() != parts[1] || second.day() != parts[2] || second.hour() != parts[3] ||
-      second.minute() != parts[4] || second.second() != parts[5] || parts[0] < 1970 ||
-      parts[0] > 2200) {
-    return std::nullopt;
-  }
-  return (second - absl::CivilSecond(1970, 1, 1)) * kNsPerSecond + nanoseconds;
-}
-
-absl::StatusOr<TraceRow> ParseRow(absl::string_view line, absl::string_view source, size_t number) {
-  absl::string_view rest = line;
-  const std::optional<int64_t> time_ns = ParseTimestamp(TakeUntil(',', &rest));
-  TraceRow row;
-  if (!time_ns) {
-    return LineError(source, number, line, "no time; write as 2023-11-16 18:15:46.6805900");
-  }
-  row.time_ns = *time_ns;
-  if (!ParseDigits(TakeUntil(',', &rest), &row.context_tokens) ||
-      !ParseDigits(rest, &row.generated_tokens)) {
-    return LineError(source, number, line,
-                     "no token counts; write TIMESTAMP,ContextTokens,GeneratedTokens");
-  }
-  if (int64_t{row.context_tokens} + row.generated_tokens > 1000 * limits::kContextTokens) {
-    return LineError(source, number, line, "more tokens than any model takes");
-  }
-  return row;
+uint32_t ClampLength(double tokens, double low, double high) {
+  return static_cast<uint32_t>(std::clamp(std::round(tokens), low, high));
 }
 
 // A length of the trace, scaled.
 uint32_t ScaleLength(uint32_t tokens, double scale) {
-  const double scaled = std::round(tokens * scale);
-  return static_cast<uint32_t>(
-      std::clamp(scaled, 1.0, static_cast<double>(limits::kContextTokens)));
+  return ClampLength(tokens * scale, 1, static_cast<double>(limits::kContextTokens));
 }
 
-// Prompt and output lengths by the rule of the schema: scale, max_output, then max_total, where the
-// prompt gives way first, but only so far that one output token fits.
-void ClipLengths(uint32_t max_total, WorkloadRequest* request) {
-  request->prompt_tokens = std::min(request->prompt_tokens, max_total - 1);
-  request->output_tokens = std::min(request->output_tokens, max_total - request->prompt_tokens);
-  request->max_tokens = max_total - request->prompt_tokens;
-}
-
-// Index of the trace row of each request: a drawn order of all rows, begun again when it runs out.
-std::vector<uint32_t> DrawRows(size_t rows, size_t requests, uint64_t seed) {
-  std::vector<uint32_t> order(rows);
-  std::iota(order.begin(), order.end(), 0);
+uint32_t Draw(const Distribution& distribution, uint64_t seed) {
   Random random(seed);
-  random.Shuffle(std::span(order));
-  std::vector<uint32_t> drawn(requests);
-  for (size_t i = 0; i < requests; ++i) drawn[i] = order[i % rows];
-  return drawn;
+  if (distribution.kind() == Distribution::KIND_UNIFORM) {
+    const uint64_t choices = uint64_t{distribution.max()} - distribution.min() + 1;
+    return distribution.min() + static_cast<uint32_t>(random.Uniform(choices));
+  }
+  // Of the logarithm: so that the length itself has the given mean and deviation before it is
+  // clipped.
+  const double ratio = distribution.deviation() / distribution.mean();
+  const double variance = PortableLog(1 + ratio * ratio);
+  const double log_mean = PortableLog(distribution.mean()) - variance / 2;
+  const double drawn = PortableExp(log_mean + std::sqrt(variance) * random.Normal());
+  return ClampLength(drawn, distribution.min(), distribution.max());
 }
 
-// Arrival times of a Poisson process, as vLLM's benchmark makes them: exponential gaps, summed,
-// then rescaled so that the last request arrives at N / rate. The mean rate is then exact and the
-// same for every seed.
-std::vector<int64_t> PoissonArrivals(size_t requests, double rate, uint64_t seed) {
-  Random random(seed);
-  std::vector<double> times(requests);
-  double time = 0;
-  for (double& arrival : times) arrival = time += random.Exponential(1);
-  const double scale = static_cast<double>(requests) / rate / time * kNsPerSecond;
-  std::vector<int64_t> arrivals(requests);
-  for (size_t i = 0; i < requests; ++i) arrivals[i] = std::llround(times[i] * scale);
-  return arrivals;
-}
-
-std::vector<int64_t> DrawArrivals(const Arrivals& arrivals, uint64_t seed) {
-  const size_t requests = arrivals.requests();
-  if (arrivals.process() == Arrivals::PROCESS_POISSON && std::isfinite(arrivals.rate())) {
-    return PoissonArrivals(requests, arrivals.rate(), seed);
-  }
-  std::vector<int64_t> times(requests, 0);
-  if (arrivals.process() == Arrivals::PROCESS_CLOSED) {
-    for (size_t i = arrivals.concurrency(); i < requests; ++i) times[i] = kArrivesOnFinish;
-  }
-  return times;
-}
+struct RequestLengths {
+  uint32_t input = 0;
+  uint32_t output = 0;
+  const TraceRow* row = nullptr;
+};
 
 }  // namespace
 
-absl::StatusOr<std::vector<TraceRow>> ParseAzureTrace(absl::string_view text,
-                                                      absl::string_view source) {
-  if (text.size() > static_cast<size_t>(limits::kTraceFileBytes)) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat(source, " has ", text.size(), " bytes, more than ", limits::kTraceFileBytes));
+// Lengths by index: of a trace row, drawn, or fixed. `max_output` is applied, `max_total` is not.
+class Workload::LengthSource {
+ public:
+  LengthSource(const Load& load, uint64_t seed, const Trace* trace)
+      : lengths_(load.lengths()), trace_(lengths_.has_trace() ? trace : nullptr), seed_(seed) {
+    if (trace_ == nullptr) return;
+    order_.resize(trace_->rows.size());
+    std::iota(order_.begin(), order_.end(), 0);
+    if (load.arrivals().process() == Arrivals::PROCESS_REPLAY) return;
+    Random random(seed);
+    random.Shuffle(std::span(order_));
   }
-  std::vector<TraceRow> rows;
-  for (size_t number = 1; !text.empty(); ++number) {
-    absl::string_view line = TakeUntil('\n', &text);
-    absl::ConsumeSuffix(&line, "\r");
-    if (number == 1) {
-      if (line != kAzureHeader) {
-        return LineError(source, number, line, absl::StrCat("expected the header ", kAzureHeader));
-      }
-      continue;
+
+  // Rows of a trace begin again when they run out.
+  RequestLengths At(uint64_t index) const {
+    RequestLengths drawn = {.input = lengths_.input(), .output = lengths_.output()};
+    if (trace_ != nullptr) {
+      drawn.row = &trace_->rows[order_[index % order_.size()]];
+      drawn.input = ScaleLength(drawn.row->context_tokens, lengths_.scale());
+      drawn.output = ScaleLength(drawn.row->generated_tokens, lengths_.scale());
     }
-    if (line.empty() && text.empty()) break;
-    if (rows.size() >= static_cast<size_t>(limits::kTraceRows)) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat(source, " has more than ", limits::kTraceRows, " rows"));
+    if (lengths_.has_input_distribution()) {
+      drawn.input = Draw(lengths_.input_distribution(), MixSeed(seed_, kInputSalt, index));
     }
-    ASSIGN_OR_RETURN(const TraceRow row, ParseRow(line, source, number));
-    rows.push_back(row);
+    if (lengths_.has_output_distribution()) {
+      drawn.output = Draw(lengths_.output_distribution(), MixSeed(seed_, kOutputSalt, index));
+    }
+    if (lengths_.has_max_output()) drawn.output = std::min(drawn.output, lengths_.max_output());
+    return drawn;
   }
-  if (rows.empty()) return absl::InvalidArgumentError(absl::StrCat(source, " has no rows"));
-  const int64_t first_ns = rows.front().time_ns;
-  for (TraceRow& row : rows) row.time_ns -= first_ns;
-  return rows;
-}
+
+  std::span<const uint64_t> BlocksOf(const RequestLengths& drawn) const {
+    return drawn.row == nullptr ? std::span<const uint64_t>() : trace_->BlocksOf(*drawn.row);
+  }
+
+ private:
+  const Lengths& lengths_;
+  const Trace* trace_;
+  uint64_t seed_;
+  std::vector<uint32_t> order_;
+};
 
 absl::StatusOr<Workload> Workload::Build(const Load& load, const Seeds& seeds,
                                          const WorkloadInputs& inputs) {
@@ -181,7 +107,7 @@ absl::StatusOr<Workload> Workload::Build(const Load& load, const Seeds& seeds,
                                                    " exceeds the model's context of ",
                                                    inputs.context_tokens, " tokens; lower it"));
   }
-  if (lengths.has_trace() && inputs.trace.empty()) {
+  if (lengths.has_trace() && (inputs.trace == nullptr || inputs.trace->rows.empty())) {
     return absl::InvalidArgumentError("load.lengths.trace has no rows");
   }
   if (max_total < 2 || inputs.vocabulary == 0) {
@@ -191,44 +117,77 @@ absl::StatusOr<Workload> Workload::Build(const Load& load, const Seeds& seeds,
   Workload workload;
   workload.inputs_ = inputs;
   workload.content_seed_ = seeds.content();
-  const std::vector<int64_t> arrivals = DrawArrivals(load.arrivals(), seeds.schedule());
-  std::vector<uint32_t> rows;
-  if (lengths.has_trace()) rows = DrawRows(inputs.trace.size(), arrivals.size(), seeds.order());
-  Random content(seeds.content());
-  const uint64_t text_tokens = inputs.text_ids.size();
-  for (size_t i = 0; i < arrivals.size(); ++i) {
-    WorkloadRequest request = {.arrival_ns = arrivals[i],
-                               .prompt_tokens = lengths.input(),
-                               .output_tokens = lengths.output()};
-    if (!rows.empty()) {
-      const TraceRow& row = inputs.trace[rows[i]];
-      request.prompt_tokens = ScaleLength(row.context_tokens, lengths.scale());
-      request.output_tokens = ScaleLength(row.generated_tokens, lengths.scale());
-    }
-    if (lengths.has_max_output()) {
-      request.output_tokens = std::min(request.output_tokens, lengths.max_output());
-    }
-    ClipLengths(max_total, &request);
-    // One draw a request, whatever its length, so that lengths do not shift the draws that follow.
-    const double position = content.UniformDouble();
-    if (text_tokens > 0) {
-      const uint64_t needed = request.prompt_tokens - (inputs.bos_id ? 1 : 0);
-      if (needed > text_tokens) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "load.text: its ", text_tokens, " tokens are fewer than the ", needed,
-            " of a prompt; name a longer text, or lower load.lengths.max_total or scale"));
-      }
-      const uint64_t choices = text_tokens - needed + 1;
-      request.text_offset = std::min<uint64_t>(
-          choices - 1, static_cast<uint64_t>(position * static_cast<double>(choices)));
-    }
-    workload.requests_.push_back(request);
-  }
-  if (load.arrivals().process() == Arrivals::PROCESS_CLOSED) {
-    workload.concurrency_ = load.arrivals().concurrency();
-  }
   workload.max_total_ = max_total;
+  workload.block_tokens_ = ScaleLength(kTraceBlockTokens, lengths.scale());
+  ASSIGN_OR_RETURN(const std::vector<Arrival> arrivals,
+                   DrawArrivals(load.arrivals(), seeds.schedule(), inputs.trace));
+  const LengthSource source(load, seeds.order(), inputs.trace);
+  for (const Arrival& arrival : arrivals) workload.AddSession(load, source, seeds, arrival);
+  RETURN_IF_ERROR(workload.PlaceTexts());
   return workload;
+}
+
+// A request and, in a chat, the turns that follow it. Prompts give way to max_total first, but only
+// so far that one output token fits.
+void Workload::AddSession(const Load& load, const LengthSource& lengths, const Seeds& seeds,
+                          const Arrival& arrival) {
+  const uint32_t session = sessions_++;
+  const RequestLengths drawn = lengths.At(session);
+  WorkloadRequest request = {.arrival = arrival,
+                             .session = session,
+                             .prompt_tokens = std::min(drawn.input, max_total_ - 1),
+                             .output_tokens = drawn.output,
+                             .blocks = lengths.BlocksOf(drawn)};
+  const uint64_t turns = load.has_sessions() ? load.sessions().turns() : 1;
+  for (;;) {
+    request.max_tokens = max_total_ - request.prompt_tokens;
+    request.output_tokens = std::min(request.output_tokens, request.max_tokens);
+    requests_.push_back(request);
+    const uint64_t history = uint64_t{request.prompt_tokens} + request.output_tokens;
+    const uint64_t prompt = history + load.sessions().turn_input();
+    if (request.turn + 1 >= turns || prompt >= max_total_) return;
+    requests_.back().last_turn = false;
+    ++request.turn;
+    // The draws of first turns come first, so that these do not depend on the number of turns.
+    const uint64_t index = load.arrivals().requests() + session * (turns - 1) + (request.turn - 1);
+    Random think(MixSeed(seeds.schedule(), kTurnSalt, session, request.turn));
+    const double mean_ns = static_cast<double>(load.sessions().think_time());
+    request.think_ns = std::llround(think.Exponential(mean_ns));
+    request.history_tokens = static_cast<uint32_t>(history);
+    request.prompt_tokens = static_cast<uint32_t>(prompt);
+    request.output_tokens = lengths.At(index).output;
+    request.blocks = {};
+  }
+}
+
+// Where in the text each request's own tokens begin. One draw a request, whatever its length, so
+// that lengths do not shift the draws that follow.
+absl::Status Workload::PlaceTexts() {
+  const uint64_t text_tokens = inputs_.text_ids.size();
+  if (text_tokens == 0) return absl::OkStatus();
+  Random content(content_seed_);
+  for (WorkloadRequest& request : requests_) {
+    const double position =
+        request.turn == 0 ? content.UniformDouble()
+                          : Random(MixSeed(content_seed_, kTurnSalt, request.session, request.turn))
+                                .UniformDouble();
+    uint64_t needed = request.prompt_tokens - request.history_tokens;
+    if (!request.blocks.empty()) {
+      const uint64_t in_blocks = request.blocks.size() * uint64_t{block_tokens_};
+      needed = std::max<uint64_t>(block_tokens_, needed - std::min(needed, in_blocks));
+    } else if (request.turn == 0 && inputs_.bos_id) {
+      --needed;
+    }
+    if (needed > text_tokens) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "load.text: its ", text_tokens, " tokens are fewer than the ", needed,
+          " of a prompt; name a longer text, or lower load.lengths.max_total or scale"));
+    }
+    const uint64_t choices = text_tokens - needed + 1;
+    request.text_offset = std::min<uint64_t>(
+        choices - 1, static_cast<uint64_t>(position * static_cast<double>(choices)));
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Workload> Workload::BuildWarmup(const Load& load, const Seeds& seeds,
@@ -236,6 +195,7 @@ absl::StatusOr<Workload> Workload::BuildWarmup(const Load& load, const Seeds& se
   Load warmup = load;
   warmup.mutable_arrivals()->set_process(Arrivals::PROCESS_BURST);
   warmup.mutable_arrivals()->set_requests(requests);
+  warmup.clear_sessions();
   Seeds other;
   other.set_content(MixSeed(seeds.content(), kWarmupSalt));
   other.set_order(MixSeed(seeds.order(), kWarmupSalt));
@@ -246,18 +206,50 @@ absl::StatusOr<Workload> Workload::BuildWarmup(const Load& load, const Seeds& se
 void Workload::CopyPrompt(size_t index, std::span<int32_t> prompt) const {
   KVSWEEP_CHECK_LT(index, requests_.size());
   const WorkloadRequest& request = requests_[index];
-  KVSWEEP_CHECK_EQ(prompt.size(), request.prompt_tokens);
-  if (inputs_.bos_id) {
+  KVSWEEP_CHECK_EQ(prompt.size(), request.prompt_tokens - request.history_tokens);
+  if (!request.blocks.empty()) {
+    const size_t in_blocks = std::min(prompt.size(), request.blocks.size() * size_t{block_tokens_});
+    CopyBlocks(request, prompt.first(in_blocks));
+    CopyOwn(index, prompt.subspan(in_blocks));
+    if (inputs_.bos_id) prompt[0] = *inputs_.bos_id;
+    return;
+  }
+  if (request.turn == 0 && inputs_.bos_id) {
     prompt[0] = *inputs_.bos_id;
     prompt = prompt.subspan(1);
   }
+  CopyOwn(index, prompt);
+}
+
+void Workload::CopyBlocks(const WorkloadRequest& request, std::span<int32_t> prompt) const {
+  for (const uint64_t id : request.blocks) {
+    if (prompt.empty()) return;
+    const auto block = prompt.first(std::min<size_t>(prompt.size(), block_tokens_));
+    prompt = prompt.subspan(block.size());
+    Random random(MixSeed(content_seed_, kBlockSalt, id));
+    if (inputs_.text_ids.empty()) {
+      for (int32_t& token : block) token = static_cast<int32_t>(random.Uniform(inputs_.vocabulary));
+      continue;
+    }
+    // The offset leaves room for a whole block, so that a clipped one begins alike.
+    const uint64_t offset = random.Uniform(inputs_.text_ids.size() - block_tokens_ + 1);
+    const auto text = inputs_.text_ids.subspan(offset, block.size());
+    std::copy(text.begin(), text.end(), block.begin());
+  }
+}
+
+// What belongs to the request alone.
+void Workload::CopyOwn(size_t index, std::span<int32_t> tokens) const {
+  const WorkloadRequest& request = requests_[index];
   if (!inputs_.text_ids.empty()) {
-    const auto text = inputs_.text_ids.subspan(request.text_offset, prompt.size());
-    std::copy(text.begin(), text.end(), prompt.begin());
+    const auto text = inputs_.text_ids.subspan(request.text_offset, tokens.size());
+    std::copy(text.begin(), text.end(), tokens.begin());
     return;
   }
-  Random random(MixSeed(content_seed_, index));
-  for (int32_t& id : prompt) id = static_cast<int32_t>(random.Uniform(inputs_.vocabulary));
+  Random random(request.turn == 0
+                    ? MixSeed(content_seed_, request.session)
+                    : MixSeed(content_seed_, kTurnSalt, request.session, request.turn));
+  for (int32_t& id : tokens) id = static_cast<int32_t>(random.Uniform(inputs_.vocabulary));
 }
 
 }  // namespace kvsweep

@@ -2,9 +2,22 @@
 // seeds and the files' contents. Arms never enter it, so all arms of a round meet the same
 // requests.
 //
-// Each seed rules one thing: `schedule` the arrival times, `order` which trace row is which
-// request, `content` the tokens. A request's draw depends on its index alone, so that a longer run
-// begins with the same requests.
+// Each seed rules one thing: `schedule` the arrival and think times, `order` the lengths (which
+// trace row is which request, or the draw from a distribution), `content` the tokens. A request's
+// draw depends on its index alone, so that a longer run begins with the same requests.
+//
+// Tokens. A prompt is BOS, where the model has one, and a piece of the text (without a text:
+// uniform ids). A prompt of a trace with hash ids is made of blocks: block i is
+// round(512 * scale) tokens long, at least 1, and a pure function of its hash id and the content
+// seed, so that equal ids give equal tokens; BOS takes the place of the first token of the first
+// block. What rounding leaves behind the last block is the request's own. The clip to max_total
+// cuts at the end.
+//
+// Sessions. Request k + 1 of a session carries the conversation so far (the prompt of k and the
+// output that the engine really gave), and turn_input tokens more. Lengths are known beforehand,
+// since outputs have their replayed length; contents may differ from arm to arm, as the outputs do.
+// A turn whose prompt would leave no room for an output within max_total is not made, nor those
+// after it.
 #ifndef KVSWEEP_EXPERIMENTS_WORKLOAD_H_
 #define KVSWEEP_EXPERIMENTS_WORKLOAD_H_
 
@@ -12,38 +25,29 @@
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "absl/strings/string_view.h"
+#include "experiments/arrivals.h"
+#include "experiments/trace.h"
 #include "proto/experiment.pb.h"
 
 namespace kvsweep {
 
-// Arrival of a closed loop's request that comes when another one finishes.
-inline constexpr int64_t kArrivesOnFinish = -1;
-
 struct WorkloadRequest {
-  int64_t arrival_ns = 0;      // since time 0 of the measurement, or kArrivesOnFinish
+  Arrival arrival;             // of a session's first turn
+  int64_t think_ns = 0;        // later turns: time from the end of the turn before to the arrival
+  uint32_t session = 0;        // counts the arrivals
+  uint32_t turn = 0;           // 0 for the first; a session's turns stand one behind the other
+  bool last_turn = true;       // nothing follows it
   uint32_t prompt_tokens = 0;  // >= 1, BOS included
+  uint32_t history_tokens =
+      0;  // of these, the conversation so far: the turn before, output included
   uint32_t output_tokens = 0;  // >= 1; the replayed length, which no arm may know
   uint32_t max_tokens = 0;     // what an arm may know: max_total - prompt_tokens >= output_tokens
-  uint64_t text_offset = 0;    // first token of the text after BOS; unused without a text
+  uint64_t text_offset = 0;    // where its own tokens begin in the text; unused without a text
+  std::span<const uint64_t> blocks;  // hash ids of the prompt; empty: none
 };
-
-// A row of a trace: what is used of it.
-struct TraceRow {
-  int64_t time_ns = 0;  // since the first row
-  uint32_t context_tokens = 0;
-  uint32_t generated_tokens = 0;
-};
-
-// Reads an Azure LLM trace in its native form: header TIMESTAMP,ContextTokens,GeneratedTokens, LF
-// or CRLF, up to 9 decimals of a second, with or without a newline at the end. InvalidArgument as
-// "source:line: …".
-absl::StatusOr<std::vector<TraceRow>> ParseAzureTrace(absl::string_view text,
-                                                      absl::string_view source);
 
 // What the model and the files contribute.
 struct WorkloadInputs {
@@ -51,39 +55,46 @@ struct WorkloadInputs {
   uint32_t vocabulary = 0;
   std::optional<int32_t> bos_id;  // put before each prompt
   std::span<const int32_t>
-      text_ids;  // the tokenised text without BOS; empty: ids are drawn uniformly
-  std::span<const TraceRow> trace;  // the rows of lengths.trace; empty when lengths are fixed
+      text_ids;                  // the tokenised text without BOS; empty: ids are drawn uniformly
+  const Trace* trace = nullptr;  // lengths.trace; null when there is none
 };
 
 class Workload {
  public:
-  // `load` must have passed CheckTrial, with defaults filled in. The spans of `inputs` must outlive
-  // the workload. InvalidArgument when max_total exceeds the model's context or the text is shorter
-  // than a prompt.
+  // `load` must have passed CheckTrial, with defaults filled in. What `inputs` points to must
+  // outlive the workload. InvalidArgument when max_total exceeds the model's context, the text is
+  // shorter than a prompt, or a replay has too few rows.
   static absl::StatusOr<Workload> Build(const Load& load, const Seeds& seeds,
                                         const WorkloadInputs& inputs);
 
-  // `requests` more requests of the same kind, all at time 0, from other seeds: the warm-up phase.
+  // `requests` more requests of the same kind, all at time 0 and without further turns, from other
+  // seeds: the warm-up phase.
   static absl::StatusOr<Workload> BuildWarmup(const Load& load, const Seeds& seeds,
                                               const WorkloadInputs& inputs, uint32_t requests);
 
-  // In order of arrival.
+  // First turns in order of arrival, each followed by the further turns of its session.
   const std::vector<WorkloadRequest>& requests() const { return requests_; }
-
-  // Requests in flight of a closed loop; 0 for the others.
-  uint32_t concurrency() const { return concurrency_; }
 
   // Largest prompt_tokens + max_tokens of any request.
   uint32_t max_total() const { return max_total_; }
 
-  // Writes the prompt of request `index`. REQUIRES: prompt.size() == prompt_tokens.
+  // Writes the prompt of request `index` behind its history. REQUIRES: prompt.size() ==
+  // prompt_tokens - history_tokens.
   void CopyPrompt(size_t index, std::span<int32_t> prompt) const;
 
  private:
+  class LengthSource;
+  void AddSession(const Load& load, const LengthSource& lengths, const Seeds& seeds,
+                  const Arrival& arrival);
+  absl::Status PlaceTexts();
+  void CopyBlocks(const WorkloadRequest& request, std::span<int32_t> prompt) const;
+  void CopyOwn(size_t index, std::span<int32_t> tokens) const;
+
   std::vector<WorkloadRequest> requests_;
   WorkloadInputs inputs_;
   uint64_t content_seed_ = 0;
-  uint32_t concurrency_ = 0;
+  uint32_t sessions_ = 0;
+  uint32_t block_tokens_ = 0;
   uint32_t max_total_ = 0;
 };
 

@@ -28,7 +28,8 @@ CREATE TABLE experiment (
   reference_arm     INTEGER NOT NULL,
   model_name        TEXT NOT NULL,
   model_digest      BLOB NOT NULL,
-  submitted_unix_ns INTEGER NOT NULL
+  submitted_unix_ns INTEGER NOT NULL,
+  regime            TEXT NOT NULL    -- memory regime that its comparison claims
 ) STRICT;
 
 CREATE TABLE experiment_file (
@@ -167,7 +168,9 @@ CREATE TABLE request (
   kv_host_bytes_peak   INTEGER NOT NULL,
   output_digest        INTEGER NOT NULL,
   engaged              INTEGER NOT NULL,
-  engagement_expected  INTEGER NOT NULL
+  engagement_expected  INTEGER NOT NULL,
+  session              INTEGER NOT NULL,  -- chat session that the request is a turn of
+  turn                 INTEGER NOT NULL
 ) STRICT;
 
 CREATE TABLE counter (
@@ -201,6 +204,32 @@ CREATE TABLE quality (
   dropped_kl_sum            ANY NOT NULL CHECK (typeof(dropped_kl_sum) = 'real'),
   dropped_top1_matches      INTEGER NOT NULL,
   attended_fraction         ANY NOT NULL CHECK (typeof(attended_fraction) = 'real')
+) STRICT;
+
+-- Sums of a window's record over a part of its positions.
+CREATE TABLE quality_position (
+  record_id         INTEGER NOT NULL,
+  bucket            INTEGER NOT NULL,  -- 0, 1, ...: in the order of the record
+  first_position    INTEGER NOT NULL,
+  scored_tokens     INTEGER NOT NULL,
+  nll_sum           ANY NOT NULL CHECK (typeof(nll_sum) = 'real'),
+  reference_nll_sum ANY NOT NULL CHECK (typeof(reference_nll_sum) = 'real'),
+  kl_sum            ANY NOT NULL CHECK (typeof(kl_sum) = 'real'),
+  top1_matches      INTEGER NOT NULL,
+  PRIMARY KEY (record_id, bucket)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE passkey (
+  record_id                INTEGER PRIMARY KEY,
+  trial_id                 INTEGER NOT NULL,
+  prompt_index             INTEGER NOT NULL,
+  depth                    ANY NOT NULL CHECK (typeof(depth) = 'real'),
+  context_tokens           INTEGER NOT NULL,
+  digits                   INTEGER NOT NULL,
+  correct_digits           INTEGER NOT NULL,
+  recalled                 INTEGER NOT NULL,
+  reference_correct_digits INTEGER NOT NULL,
+  reference_recalled       INTEGER NOT NULL
 ) STRICT;
 
 CREATE TABLE trial_outcome (

@@ -25,7 +25,7 @@ namespace kvsweep {
 namespace {
 
 constexpr int64_t kApplicationId = 0x4b565357;  // "KVSW"
-constexpr int64_t kSchemaVersion = 1;
+constexpr int64_t kSchemaVersion = 2;
 
 // Files up to this size are checked page by page when they are opened for writing.
 constexpr int64_t kCheckedBytes = 64 * limits::kMiB;

@@ -9,6 +9,7 @@
 #include "base/digest.h"
 #include "base/limits.h"
 #include "base/status_macros.h"
+#include "experiments/spec.h"
 #include "storage/json_text.h"
 #include "storage/operation_results.h"
 #include "storage/sqlite_reader.h"
@@ -123,9 +124,10 @@ absl::StatusOr<absl::Status> SqliteWriter::CheckServed(const NewRound& round) {
 absl::StatusOr<ExperimentId> SqliteWriter::InsertExperiment(const SubmitExperiment& operation) {
   ASSIGN_OR_RETURN(Statement * insert,
                    database_.Prepare("INSERT INTO experiment (client_id, name, spec_text, spec, "
-                                     "reference_arm, model_name, model_digest, submitted_unix_ns) "
-                                     "VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"));
+                                     "reference_arm, model_name, model_digest, submitted_unix_ns, "
+                                     "regime) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"));
   const std::string spec = operation.experiment.SerializeAsString();
+  const std::string regime = RegimeName(operation.experiment.regime());
   RETURN_IF_ERROR(insert->BindText(1, operation.client_id)
                       .BindText(2, operation.name)
                       .BindText(3, operation.spec_text)
@@ -134,6 +136,7 @@ absl::StatusOr<ExperimentId> SqliteWriter::InsertExperiment(const SubmitExperime
                       .BindText(6, operation.model.name())
                       .BindBlob(7, operation.model.digest())
                       .BindInt(8, operation.submitted_unix_ns)
+                      .BindText(9, regime)
                       .Run());
   const int64_t id = sqlite3_last_insert_rowid(database_.get());
   ASSIGN_OR_RETURN(Statement * file, database_.Prepare("INSERT OR IGNORE INTO experiment_file "

@@ -76,6 +76,71 @@ TEST(MatrixOrder, CountsAndNamesAreTheContract) {
   EXPECT_EQ(matrix.trial_count(), 32u);
 }
 
+std::string WithSweep(absl::string_view sweep) {
+  std::string text(kSpec);
+  const size_t begin = text.find("sweep: ");
+  return text.replace(begin, text.find('\n', begin) - begin, std::string(sweep));
+}
+
+// Grid, zip, list: the last fastest; the axes of zip, and those of list, advance together.
+TEST(MatrixOrder, ZipAndListAreOneDigitEach) {
+  const Matrix matrix = MatrixOf(WithSweep(
+      "sweep:\n"
+      "  list: [{load.lengths.input: 8, load.lengths.output: 4}, {load.lengths.input: 16, "
+      "load.lengths.output: 4}]\n"
+      "  zip: {load.arrivals.rate: [4/s, 8/s], kv.device_bytes: [3MiB, 3MiB]}\n"
+      "  grid: {engine.batch_invariant: [off, on]}\n"));
+  std::vector<std::string> cells;
+  for (const Cell& cell : matrix.cells()) cells.push_back(cell.name);
+  EXPECT_THAT(cells,
+              ElementsAre("batch_invariant=false rate=4/s device_bytes=3MiB input=8 output=4",
+                          "batch_invariant=false rate=4/s device_bytes=3MiB input=16 output=4",
+                          "batch_invariant=false rate=8/s device_bytes=3MiB input=8 output=4",
+                          "batch_invariant=false rate=8/s device_bytes=3MiB input=16 output=4",
+                          "batch_invariant=true rate=4/s device_bytes=3MiB input=8 output=4",
+                          "batch_invariant=true rate=4/s device_bytes=3MiB input=16 output=4",
+                          "batch_invariant=true rate=8/s device_bytes=3MiB input=8 output=4",
+                          "batch_invariant=true rate=8/s device_bytes=3MiB input=16 output=4"));
+  EXPECT_EQ(matrix.cell_count(), 8u);
+  const TrialSpec trial = matrix.LoadTrial(0, 3, 0);
+  EXPECT_EQ(trial.load().arrivals().rate(), 8);
+  EXPECT_EQ(trial.load().lengths().input(), 16u);
+}
+
+// An axis that matters for quality takes the points of its zip with it, once each.
+TEST(MatrixQuality, ZippedAxesMakeEachQuestionOnce) {
+  const Matrix matrix = MatrixOf(
+      WithSweep("sweep: {zip: {kv.dtype: [f32, bf16, f32], load.arrivals.rate: [4/s, 8/s, 9/s]}}") +
+      "quality: {text: t, text_tokens: 128, context: 64, prefill: 32}\n");
+  uint64_t quality_rounds = 0;
+  for (uint64_t i = 0; i < matrix.round_count(); ++i) {
+    quality_rounds += matrix.RoundAt(i).kind == TrialSpec::KIND_QUALITY;
+  }
+  EXPECT_EQ(quality_rounds, 2 * matrix.arms().size());
+}
+
+TEST(MatrixRegime, IsNamedInTheTrialAndChangesNoKey) {
+  const Matrix plain = MatrixOf(kSpec);
+  const Matrix named = MatrixOf(With("regime: kv_fits"));
+  EXPECT_EQ(named.LoadTrial(0, 0, 0).regime(), Experiment::REGIME_KV_FITS);
+  EXPECT_EQ(ContentKey(named.LoadTrial(0, 0, 0)), ContentKey(plain.LoadTrial(0, 0, 0)));
+}
+
+TEST(MatrixRounds, WhoMovesKvOverTheHostLinkIsAloneUnlessColocated) {
+  const auto uses = [](const std::string& arm, const char* more) {
+    std::string text(kSpec);
+    const size_t begin = text.find("  - {name: infinigen");
+    text.replace(begin, text.find('\n', begin) - begin, "  - {name: x, " + arm + "}");
+    return MatrixOf(text + more).RoundAt(0).spec.uses_host_tier();
+  };
+  EXPECT_FALSE(uses("strategy: paged", ""));
+  EXPECT_TRUE(uses("strategy: paged, paged: {preemption: swap}", ""));
+  EXPECT_TRUE(uses("strategy: h2o, h2o: {tier: host}", ""));
+  EXPECT_TRUE(uses("strategy: h2o, h2o: {preemption: swap}", ""));
+  EXPECT_TRUE(uses("strategy: infinigen", ""));
+  EXPECT_FALSE(uses("strategy: infinigen", "colocate: true\n"));
+}
+
 // The order is documented: repeat, then cell, then group; trials in an order drawn from the seed.
 TEST(MatrixOrder, RoundsFollowTheDocumentedOrder) {
   const Matrix matrix = MatrixOf(With("round_arms: 3"));

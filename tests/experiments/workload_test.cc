@@ -1,7 +1,7 @@
 #include "experiments/workload.h"
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 #include <numeric>
 #include <set>
 #include <tuple>
@@ -20,14 +20,10 @@ using ::testing::HasSubstr;
 
 constexpr char kConversation[] = "experiments/data/azure_llm_2023_conv.csv";
 
-std::vector<TraceRow> Rows(absl::string_view text) {
-  const auto rows = ParseAzureTrace(text, "t.csv");
-  EXPECT_TRUE(rows.ok()) << rows.status();
-  return rows.value_or(std::vector<TraceRow>());
-}
-
-std::string TraceError(absl::string_view text) {
-  return std::string(ParseAzureTrace(text, "t.csv").status().message());
+Trace ReadTrace(const char* path) {
+  absl::StatusOr<Trace> trace = ParseTrace(*ReadFile(path, 8 << 20), path);
+  EXPECT_TRUE(trace.ok()) << trace.status();
+  return trace.ok() ? *std::move(trace) : Trace();
 }
 
 Load FixedLoad(uint32_t requests, uint32_t input, uint32_t output) {
@@ -64,121 +60,12 @@ Workload Built(const Load& load, const Seeds& seeds, const WorkloadInputs& input
   return *std::move(workload);
 }
 
-TEST(AzureTrace, NativeFileIsReadToTheLastByte) {
-  const auto text = ReadFile(kConversation, 1 << 20);
-  ASSERT_TRUE(text.ok()) << text.status();
-  ASSERT_NE(text->back(), '\n') << "the file ends without a newline";
-  const std::vector<TraceRow> rows = Rows(*text);
-  ASSERT_EQ(rows.size(), 19366u);
-  EXPECT_EQ(rows[0].context_tokens, 374u);
-  EXPECT_EQ(rows[0].generated_tokens, 44u);
-  EXPECT_EQ(rows[1].time_ns, 4'314'579'000) << "18:15:50.9951690 - 18:15:46.6805900";
-  EXPECT_EQ(rows.back().context_tokens, 197u);
-  EXPECT_EQ(rows.back().generated_tokens, 183u);
-  uint64_t context = 0;
-  for (const TraceRow& row : rows) context += row.context_tokens;
-  EXPECT_NEAR(static_cast<double>(context) / 19366, 1154.7, 0.05) << "the published mean";
-}
-
-TEST(AzureTrace, LineEndsAndFractionsAreFree) {
-  const std::vector<TraceRow> rows = Rows(
-      "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-      "2023-12-31 23:59:59,1,2\r\n"
-      "2024-01-01 00:00:00.5,3,4\n");
-  ASSERT_EQ(rows.size(), 2u);
-  EXPECT_EQ(rows[1].time_ns, 1'500'000'000);
-  EXPECT_EQ(rows[1].generated_tokens, 4u);
-}
-
-TEST(AzureTrace, ErrorsNameFileLineAndRemedy) {
-  const std::string header = "TIMESTAMP,ContextTokens,GeneratedTokens\n";
-  EXPECT_THAT(TraceError("a,b,c\n1\n"), HasSubstr("t.csv:1: \"a,b,c\": expected the header"));
-  EXPECT_THAT(TraceError(header), HasSubstr("t.csv has no rows"));
-  EXPECT_THAT(TraceError(""), HasSubstr("t.csv has no rows"));
-  const auto row_error = [&](const char* row) {
-    return TraceError(header + "2023-11-16 18:15:46,1,2\n" + row);
-  };
-  EXPECT_THAT(row_error("2023-11-16T18:15:46,1,2"), HasSubstr("t.csv:3: "));
-  EXPECT_THAT(row_error("2023-02-30 18:15:46,1,2"), HasSubstr("no time; write as"));
-  EXPECT_THAT(row_error("2023-11-16 18:15:46.1234567890,1,2"), HasSubstr("no time"));
-  EXPECT_THAT(row_error("2023-11-16 18:15:46,-1,2"), HasSubstr("no token counts"));
-  EXPECT_THAT(row_error("2023-11-16 18:15:46,1"), HasSubstr("no token counts"));
-  EXPECT_THAT(row_error("2023-11-16 18:15:46,1,2,3"), HasSubstr("no token counts"));
-  EXPECT_THAT(row_error("2023-11-16 18:15:46,99999999999,2"), HasSubstr("no token counts"));
-  EXPECT_THAT(row_error("2023-11-16 18:15:46,4294967295,2"), HasSubstr("more tokens than any"));
-}
-
-TEST(AzureTrace, SurvivesRandomDamage) {
-  const uint64_t seed = 5;
-  SCOPED_TRACE(absl::StrCat("seed ", seed));
-  Random random(seed);
-  for (int round = 0; round < 2000; ++round) {
-    std::string text =
-        "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:15:46.6805900,374,44\r\n"
-        "2023-11-16 18:15:50.9951690,396,109";
-    for (int i = 0; i < 3; ++i)
-      text[42 + random.Uniform(text.size() - 42)] = static_cast<char>(random.Uniform(256));
-    const auto rows = ParseAzureTrace(text, "t.csv");
-    EXPECT_TRUE(rows.ok() || rows.status().code() == absl::StatusCode::kInvalidArgument);
-  }
-}
-
-// vLLM's rule: the last request arrives at N / rate exactly, whatever the seed.
-TEST(WorkloadArrivals, PoissonEndsAtRequestsOverRate) {
-  for (uint64_t seed = 1; seed <= 20; ++seed) {
-    SCOPED_TRACE(absl::StrCat("seed ", seed));
-    const Workload workload =
-        Built(FixedLoad(200, 8, 8), SeedsFrom(seed), {.context_tokens = 64, .vocabulary = 100});
-    const auto& requests = workload.requests();
-    ASSERT_EQ(requests.size(), 200u);
-    EXPECT_EQ(requests.back().arrival_ns, 50'000'000'000);
-    EXPECT_TRUE(std::is_sorted(requests.begin(), requests.end(), [](const auto& a, const auto& b) {
-      return a.arrival_ns < b.arrival_ns;
-    }));
-    EXPECT_GT(requests.front().arrival_ns, 0);
-  }
-}
-
-TEST(WorkloadArrivals, GapsAreExponential) {
-  const Workload workload =
-      Built(FixedLoad(20'000, 8, 8), SeedsFrom(3), {.context_tokens = 64, .vocabulary = 100});
-  double sum = 0;
-  double squares = 0;
-  int64_t before = 0;
-  for (const WorkloadRequest& request : workload.requests()) {
-    const double gap = static_cast<double>(request.arrival_ns - before) / 1e9;
-    before = request.arrival_ns;
-    sum += gap;
-    squares += gap * gap;
-  }
-  EXPECT_NEAR(sum / 20'000, 0.25, 1e-9);
-  EXPECT_NEAR(squares / 20'000, 2 * 0.25 * 0.25, 0.01) << "second moment of an exponential";
-}
-
-TEST(WorkloadArrivals, BurstInfiniteRateAndClosedLoop) {
-  const WorkloadInputs inputs = {.context_tokens = 64, .vocabulary = 100};
-  Load load = FixedLoad(5, 8, 8);
-  load.mutable_arrivals()->set_rate(std::numeric_limits<double>::infinity());
-  const Workload burst = Built(load, SeedsFrom(1), inputs);
-  for (const WorkloadRequest& request : burst.requests()) {
-    EXPECT_EQ(request.arrival_ns, 0);
-  }
-  load.mutable_arrivals()->set_process(Arrivals::PROCESS_CLOSED);
-  load.mutable_arrivals()->set_concurrency(2);
-  const Workload closed = Built(load, SeedsFrom(1), inputs);
-  EXPECT_EQ(closed.concurrency(), 2u);
-  EXPECT_EQ(closed.requests()[1].arrival_ns, 0);
-  EXPECT_EQ(closed.requests()[2].arrival_ns, kArrivesOnFinish);
-  load.mutable_arrivals()->set_concurrency(9);
-  EXPECT_EQ(Built(load, SeedsFrom(1), inputs).requests()[4].arrival_ns, 0);
-}
-
 TEST(WorkloadLengths, AreScaledThenClippedByTheStatedRule) {
-  const std::vector<TraceRow> rows = {{0, 100, 50}, {0, 1000, 400}, {0, 1, 1}, {0, 20, 3000}};
+  const Trace trace = {.rows = {{0, 100, 50}, {0, 1000, 400}, {0, 1, 1}, {0, 20, 3000}}};
   Load load = TraceLoad(4, 0.25, 128);
   load.mutable_lengths()->set_max_output(60);
   const Workload workload =
-      Built(load, SeedsFrom(1), {.context_tokens = 512, .vocabulary = 100, .trace = rows});
+      Built(load, SeedsFrom(1), {.context_tokens = 512, .vocabulary = 100, .trace = &trace});
   std::set<std::vector<uint32_t>> lengths;
   for (const WorkloadRequest& request : workload.requests()) {
     lengths.insert({request.prompt_tokens, request.output_tokens, request.max_tokens});
@@ -190,11 +77,11 @@ TEST(WorkloadLengths, AreScaledThenClippedByTheStatedRule) {
 }
 
 TEST(WorkloadLengths, PropertiesHoldForTheRealTrace) {
-  const std::vector<TraceRow> rows = Rows(*ReadFile(kConversation, 1 << 20));
+  const Trace trace = ReadTrace(kConversation);
   for (uint64_t seed = 1; seed <= 10; ++seed) {
     SCOPED_TRACE(absl::StrCat("seed ", seed));
     const Workload workload = Built(TraceLoad(1000, 0.25, 640), SeedsFrom(seed),
-                                    {.context_tokens = 2048, .vocabulary = 4096, .trace = rows});
+                                    {.context_tokens = 2048, .vocabulary = 4096, .trace = &trace});
     EXPECT_EQ(workload.max_total(), 640u);
     for (const WorkloadRequest& request : workload.requests()) {
       EXPECT_GE(request.prompt_tokens, 1u);
@@ -207,26 +94,26 @@ TEST(WorkloadLengths, PropertiesHoldForTheRealTrace) {
 
 // Rows run out: the drawn order begins again, so that every row is used equally often.
 TEST(WorkloadLengths, RowsAreDrawnWithoutRepetitionUntilTheyRunOut) {
-  std::vector<TraceRow> rows;
-  for (uint32_t i = 1; i <= 10; ++i) rows.push_back({0, i, 1});
+  Trace trace;
+  for (uint32_t i = 1; i <= 10; ++i) trace.rows.push_back({0, i, 1});
   const Workload workload = Built(TraceLoad(20, 1, 64), SeedsFrom(4),
-                                  {.context_tokens = 64, .vocabulary = 100, .trace = rows});
+                                  {.context_tokens = 64, .vocabulary = 100, .trace = &trace});
   std::multiset<uint32_t> prompts;
   for (const WorkloadRequest& request : workload.requests()) prompts.insert(request.prompt_tokens);
   for (uint32_t i = 1; i <= 10; ++i) EXPECT_EQ(prompts.count(i), 2u);
 }
 
 TEST(WorkloadSeeds, EachRulesOneThing) {
-  const std::vector<TraceRow> rows = Rows(*ReadFile(kConversation, 1 << 20));
+  const Trace trace = ReadTrace(kConversation);
   std::vector<int32_t> text(5000);
   std::iota(text.begin(), text.end(), 0);
   const WorkloadInputs inputs = {
-      .context_tokens = 512, .vocabulary = 5000, .bos_id = 1, .text_ids = text, .trace = rows};
+      .context_tokens = 512, .vocabulary = 5000, .bos_id = 1, .text_ids = text, .trace = &trace};
   const auto columns = [&](const Seeds& seeds) {
     std::vector<int64_t> arrivals, lengths, offsets;
     const Workload workload = Built(TraceLoad(50, 0.1, 512), seeds, inputs);
     for (const WorkloadRequest& request : workload.requests()) {
-      arrivals.push_back(request.arrival_ns);
+      arrivals.push_back(request.arrival.time_ns);
       lengths.push_back(request.prompt_tokens);
       offsets.push_back(static_cast<int64_t>(request.text_offset));
     }
@@ -282,6 +169,225 @@ TEST(WorkloadPrompts, WithoutTextIdsAreUniformAndRepeatable) {
   for (const int32_t id : first) EXPECT_TRUE(id >= 0 && id < 100);
 }
 
+Distribution Uniform(uint32_t min, uint32_t max) {
+  Distribution distribution;
+  distribution.set_min(min);
+  distribution.set_max(max);
+  ApplyDefaults(&distribution);
+  return distribution;
+}
+
+Distribution Lognormal(double mean, double deviation, uint32_t max) {
+  Distribution distribution = Uniform(1, max);
+  distribution.set_kind(Distribution::KIND_LOGNORMAL);
+  distribution.set_mean(mean);
+  distribution.set_deviation(deviation);
+  return distribution;
+}
+
+TEST(WorkloadLengths, AreDrawnFromDistributions) {
+  Load load = FixedLoad(20'000, 1, 1);
+  load.mutable_lengths()->clear_input();
+  load.mutable_lengths()->clear_output();
+  *load.mutable_lengths()->mutable_input_distribution() = Uniform(10, 19);
+  *load.mutable_lengths()->mutable_output_distribution() = Lognormal(100, 50, 2000);
+  const WorkloadInputs inputs = {.context_tokens = 4096, .vocabulary = 100};
+  const Workload workload = Built(load, SeedsFrom(1), inputs);
+  std::vector<int> counts(10);
+  double sum = 0;
+  double squares = 0;
+  for (const WorkloadRequest& request : workload.requests()) {
+    ASSERT_TRUE(request.prompt_tokens >= 10 && request.prompt_tokens <= 19);
+    ++counts[request.prompt_tokens - 10];
+    sum += request.output_tokens;
+    squares += static_cast<double>(request.output_tokens) * request.output_tokens;
+  }
+  for (const int count : counts) EXPECT_NEAR(count, 2000, 200) << "4.5 deviations";
+  const double mean = sum / 20'000;
+  EXPECT_NEAR(mean, 100, 2);
+  EXPECT_NEAR(std::sqrt(squares / 20'000 - mean * mean), 50, 3);
+  // The draws of one do not shift those of the other, and depend on the index alone.
+  load.mutable_lengths()->clear_input_distribution();
+  load.mutable_lengths()->set_input(5);
+  load.mutable_arrivals()->set_requests(50);
+  const Workload shorter = Built(load, SeedsFrom(1), inputs);
+  for (size_t i = 0; i < 50; ++i) {
+    EXPECT_EQ(shorter.requests()[i].output_tokens, workload.requests()[i].output_tokens);
+  }
+}
+
+TEST(WorkloadLengths, ReplayTakesTheRowsInTheirOwnOrder) {
+  Trace trace = {.rows = {}, .has_times = true};
+  for (uint32_t i = 1; i <= 10; ++i) trace.rows.push_back({i * 1'000, i, 1});
+  Load load = TraceLoad(7, 1, 64);
+  load.mutable_arrivals()->set_process(Arrivals::PROCESS_REPLAY);
+  for (uint64_t seed = 1; seed <= 3; ++seed) {
+    const Workload workload =
+        Built(load, SeedsFrom(seed), {.context_tokens = 64, .vocabulary = 100, .trace = &trace});
+    for (uint32_t i = 0; i < 7; ++i) {
+      EXPECT_EQ(workload.requests()[i].prompt_tokens, i + 1);
+      EXPECT_EQ(workload.requests()[i].arrival.time_ns, (i + 1) * 1'000);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------- shared prefixes
+
+std::vector<int32_t> PromptOf(const Workload& workload, size_t index) {
+  std::vector<int32_t> prompt(workload.requests()[index].prompt_tokens);
+  workload.CopyPrompt(index, prompt);
+  return prompt;
+}
+
+// Tokens that two prompts begin with alike.
+size_t CommonPrefix(const std::vector<int32_t>& a, const std::vector<int32_t>& b) {
+  const size_t shorter = std::min(a.size(), b.size());
+  return std::mismatch(a.begin(), a.begin() + static_cast<std::ptrdiff_t>(shorter), b.begin())
+             .first -
+         a.begin();
+}
+
+// Blocks of 512 * 1/32 = 16 tokens, over the whole trace, with text and without: what the ids say
+// is shared is shared, and nothing more to speak of.
+TEST(WorkloadPrefixes, EqualHashIdsGiveEqualTokens) {
+  const Trace trace = ReadTrace("experiments/data/mooncake_fast25_conversation.jsonl");
+  std::vector<int32_t> text(50'000);
+  Random random(1);
+  for (int32_t& id : text) id = static_cast<int32_t>(random.Uniform(4096));
+  Load load = TraceLoad(300, 1.0 / 32, 1024);
+  load.mutable_arrivals()->set_process(Arrivals::PROCESS_REPLAY);
+  for (const bool with_text : {true, false}) {
+    const Workload workload =
+        Built(load, SeedsFrom(3),
+              {.context_tokens = 1024,
+               .vocabulary = 4096,
+               .bos_id = 1,
+               .text_ids = with_text ? std::span<const int32_t>(text) : std::span<const int32_t>(),
+               .trace = &trace});
+    size_t shared = 0;
+    for (size_t i = 1; i < 300; ++i) {
+      const std::vector<int32_t> a = PromptOf(workload, i - 1);
+      const std::vector<int32_t> b = PromptOf(workload, i);
+      ASSERT_EQ(a[0], 1) << "BOS";
+      const auto ids_a = trace.BlocksOf(trace.rows[i - 1]);
+      const auto ids_b = trace.BlocksOf(trace.rows[i]);
+      size_t blocks = 0;
+      while (blocks < std::min(ids_a.size(), ids_b.size()) && ids_a[blocks] == ids_b[blocks]) {
+        ++blocks;
+      }
+      const size_t expected = std::min({blocks * 16, a.size(), b.size()});
+      EXPECT_GE(CommonPrefix(a, b), expected) << i;
+      if (expected < std::min(a.size(), b.size())) {
+        EXPECT_LE(CommonPrefix(a, b), expected + 3) << i << ": alike by chance";
+      }
+      shared += blocks;
+    }
+    EXPECT_GE(shared, 299u) << "every request of the trace shares its first block";
+  }
+}
+
+TEST(WorkloadPrefixes, ContentSeedsAndIdsChangeTheTokens) {
+  const Trace trace = {.rows = {{0, 1024, 4, 2, 0}, {1, 1024, 4, 2, 2}, {2, 1024, 4, 2, 4}},
+                       .block_ids = {7, 8, 7, 9, 5, 8},
+                       .has_times = true};
+  Load load = TraceLoad(3, 0.0625, 128);
+  load.mutable_arrivals()->set_process(Arrivals::PROCESS_REPLAY);
+  const WorkloadInputs inputs = {.context_tokens = 128, .vocabulary = 10'000, .trace = &trace};
+  const Workload workload = Built(load, SeedsFrom(1), inputs);
+  const std::vector<int32_t> first = PromptOf(workload, 0);
+  const std::vector<int32_t> second = PromptOf(workload, 1);
+  const std::vector<int32_t> third = PromptOf(workload, 2);
+  ASSERT_EQ(first.size(), 64u);
+  EXPECT_EQ(CommonPrefix(first, second), 32u);
+  EXPECT_EQ(CommonPrefix(first, third), 0u);
+  EXPECT_TRUE(std::equal(first.begin() + 32, first.end(), third.begin() + 32))
+      << "a block is a function of its id, wherever it stands";
+  EXPECT_NE(PromptOf(Built(load, SeedsFrom(2), inputs), 0), first);
+}
+
+// Rounding may leave tokens behind the last block: they belong to the request alone.
+TEST(WorkloadPrefixes, WhatRoundingLeavesIsTheRequestsOwn) {
+  // 512 * 0.0028 = 1.43 -> blocks of 1 token, 4 of them; the prompt has 2048 * 0.0028 = 5.7 -> 6.
+  const Trace trace = {.rows = {{0, 2048, 4, 4, 0}, {1, 2048, 4, 4, 0}},
+                       .block_ids = {1, 2, 3, 4},
+                       .has_times = true};
+  Load load = TraceLoad(2, 0.0028, 64);
+  load.mutable_arrivals()->set_process(Arrivals::PROCESS_REPLAY);
+  const Workload workload =
+      Built(load, SeedsFrom(1), {.context_tokens = 64, .vocabulary = 1'000'000, .trace = &trace});
+  ASSERT_EQ(workload.requests()[0].prompt_tokens, 6u);
+  EXPECT_EQ(CommonPrefix(PromptOf(workload, 0), PromptOf(workload, 1)), 4u);
+}
+
+// ---------------------------------------------------------------------------------------- sessions
+
+Load ChatLoad(uint32_t sessions, uint32_t turns) {
+  Load load = FixedLoad(sessions, 20, 10);
+  load.mutable_sessions()->set_turns(turns);
+  load.mutable_sessions()->set_turn_input(5);
+  load.mutable_sessions()->set_think_time(2'000'000'000);
+  ApplyDefaults(&load);
+  return load;
+}
+
+TEST(WorkloadSessions, EachTurnCarriesTheConversationSoFar) {
+  const WorkloadInputs inputs = {.context_tokens = 128, .vocabulary = 100};
+  const Workload chats = Built(ChatLoad(200, 4), SeedsFrom(1), inputs);
+  const Workload plain = Built(FixedLoad(200, 20, 10), SeedsFrom(1), inputs);
+  ASSERT_EQ(chats.requests().size(), 800u);
+  double think_s = 0;
+  for (size_t i = 0; i < 800; ++i) {
+    const WorkloadRequest& request = chats.requests()[i];
+    EXPECT_EQ(request.session, i / 4);
+    ASSERT_EQ(request.turn, i % 4);
+    EXPECT_EQ(request.last_turn, request.turn == 3);
+    EXPECT_EQ(request.prompt_tokens, 20 + 15 * request.turn);
+    EXPECT_EQ(request.output_tokens, 10u);
+    EXPECT_EQ(request.max_tokens, 128 - request.prompt_tokens);
+    if (request.turn == 0) {
+      EXPECT_EQ(request.history_tokens, 0u);
+      EXPECT_EQ(request.arrival.time_ns, plain.requests()[i / 4].arrival.time_ns);
+      EXPECT_EQ(PromptOf(chats, i), PromptOf(plain, i / 4)) << "first turns are plain requests";
+      continue;
+    }
+    EXPECT_EQ(request.history_tokens, request.prompt_tokens - 5);
+    think_s += static_cast<double>(request.think_ns) / 1e9;
+    std::vector<int32_t> added(5), before(5);
+    chats.CopyPrompt(i, added);
+    if (request.turn > 1) {
+      chats.CopyPrompt(i - 1, before);
+      EXPECT_NE(added, before);
+    }
+  }
+  EXPECT_NEAR(think_s / 600, 2, 0.3) << "exponential: three and a half deviations of the mean";
+}
+
+TEST(WorkloadSessions, EndWhereTheNextPromptWouldFillTheContext) {
+  Load load = ChatLoad(3, 10);
+  load.mutable_lengths()->set_max_total(60);
+  const Workload chats = Built(load, SeedsFrom(1), {.context_tokens = 128, .vocabulary = 100});
+  // Prompts of 20, 35 and 50 tokens; the third has room for 10 more and nothing after it.
+  ASSERT_EQ(chats.requests().size(), 9u);
+  EXPECT_EQ(chats.requests()[2].prompt_tokens, 50u);
+  EXPECT_EQ(chats.requests()[2].output_tokens, 10u);
+  EXPECT_TRUE(chats.requests()[2].last_turn);
+  EXPECT_EQ(chats.max_total(), 60u);
+}
+
+TEST(WorkloadSessions, LaterOutputsAreDrawnLikeTheFirst) {
+  Trace trace;
+  for (uint32_t i = 1; i <= 100; ++i) trace.rows.push_back({0, 1, i});
+  Load load = TraceLoad(10, 1, 2048);
+  load.mutable_sessions()->set_turns(5);
+  load.mutable_sessions()->set_turn_input(1);
+  const Workload chats =
+      Built(load, SeedsFrom(1), {.context_tokens = 2048, .vocabulary = 100, .trace = &trace});
+  ASSERT_EQ(chats.requests().size(), 50u);
+  std::set<uint32_t> outputs;
+  for (const WorkloadRequest& request : chats.requests()) outputs.insert(request.output_tokens);
+  EXPECT_EQ(outputs.size(), 50u) << "each turn takes a row of its own";
+}
+
 TEST(WorkloadErrors, NameTheFieldAndTheRemedy) {
   const std::vector<int32_t> text(10);
   Load load = FixedLoad(2, 20, 4);
@@ -304,7 +410,7 @@ TEST(WorkloadWarmup, IsABurstOfOtherRequestsOfTheSameKind) {
   warmup->CopyPrompt(0, first);
   Built(FixedLoad(50, 20, 4), SeedsFrom(1), inputs).CopyPrompt(0, measured);
   EXPECT_NE(first, measured);
-  EXPECT_EQ(warmup->requests()[2].arrival_ns, 0);
+  EXPECT_EQ(warmup->requests()[2].arrival.time_ns, 0);
 }
 
 }  // namespace

@@ -58,6 +58,28 @@ QualityRow RandomWindow(Random& random) {
   row.set_dropped_kl_sum(RandomReal(random));
   row.set_dropped_top1_matches(RandomSmall(random));
   row.set_attended_fraction(RandomReal(random));
+  for (uint64_t bucket = random.Uniform(4); bucket > 0; --bucket) {
+    QualityPositions& part = *row.add_positions();
+    part.set_first_position(RandomSmall(random));
+    part.set_scored_tokens(RandomSmall(random));
+    part.set_nll_sum(RandomReal(random));
+    part.set_reference_nll_sum(RandomReal(random));
+    part.set_kl_sum(RandomReal(random));
+    part.set_top1_matches(RandomSmall(random));
+  }
+  return row;
+}
+
+PasskeyRow RandomPasskey(Random& random) {
+  PasskeyRow row;
+  row.set_index(RandomSmall(random));
+  row.set_depth(RandomReal(random));
+  row.set_context_tokens(RandomSmall(random));
+  row.set_digits(RandomSmall(random));
+  row.set_correct_digits(RandomSmall(random));
+  row.set_recalled(random.Bernoulli(0.5));
+  row.set_reference_correct_digits(RandomSmall(random));
+  row.set_reference_recalled(random.Bernoulli(0.5));
   return row;
 }
 
@@ -159,13 +181,15 @@ Record RandomRequest(Random& random, uint64_t trial_id, uint32_t index) {
   row.set_output_digest(random.Next64());
   row.set_engaged(random.Bernoulli(0.5));
   row.set_engagement_expected(random.Bernoulli(0.5));
+  row.set_session(static_cast<uint32_t>(random.Uniform(100)));
+  row.set_turn(static_cast<uint32_t>(random.Uniform(8)));
   return record;
 }
 
 Record RandomRecord(Random& random, uint64_t trial_id) {
   Record record;
   record.set_trial_id(trial_id);
-  switch (random.Uniform(6)) {
+  switch (random.Uniform(7)) {
     case 0:
       return RandomRequest(random, trial_id, RandomSmall(random));
     case 1:
@@ -180,6 +204,9 @@ Record RandomRecord(Random& random, uint64_t trial_id) {
       break;
     case 3:
       *record.mutable_quality() = RandomWindow(random);
+      break;
+    case 5:
+      *record.mutable_passkey() = RandomPasskey(random);
       break;
     case 4:
       *record.mutable_start() = RandomStart(random);

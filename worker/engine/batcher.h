@@ -2,16 +2,28 @@
 // in, a plan out; no clock, no tensor.
 //
 // Running requests come first, in order of admission: each decode takes one token of the budget, a
-// prompt that is under way takes a chunk. When a running request's memory does not suffice, the
-// last admitted is preempted until it does (vLLM v1's rule) and goes back to the front of the
-// waiting queue: without its tokens, or, after an offload, keeping its state. Waiting requests are
-// considered only in a step without a preemption, in order, and the first that does not fit stops
-// the search. At most one prompt is partly prefilled at a time, and no other prompt enters behind
-// it. A request that can never fit (KvManager::PeakBytes) is refused when it is added.
+// prompt that is under way takes a chunk. When a running request's memory does not suffice, another
+// is preempted until it does: of those that have no place in the step yet, itself among them but
+// never the first of all, the one that the manager's rule names (vLLM v1's: the last admitted; with
+// the other rules those that they name are planned last). It
+// goes back to the waiting queue, to its place by arrival: without its tokens, or, after an
+// offload, keeping its state. Waiting requests are considered only in a step without a preemption,
+// in order, and the first that does not fit stops the search. At most one prompt is partly
+// prefilled at a time, and no other prompt enters behind it. A request that can never fit
+// (KvManager::PeakBytes) is refused when it is added.
 //
-// So running requests followed by waiting ones always stand in the order of arrival, and the first
-// of them always makes progress: what runs behind it can be preempted, and what was offloaded is
-// dropped from the host, the last first, once nothing else is left to free.
+// So the first running request always makes progress: what runs behind it can be preempted, and
+// what was offloaded is dropped from the host, the last first, once nothing else is left to free.
+// With the rule last in, running requests followed by waiting ones stand in the order of arrival.
+//
+// An offloaded request that comes back holds a slot while its copy is under way and has no place in
+// the steps that overlap it; only when nothing else has one, the step waits for the copy.
+//
+// Samples are continuations of one prompt: the prompt is computed once, for the first of them, and
+// the others begin with what it holds when it ends. It enters when there are slots for all of them.
+//
+// Without chunked prefill (vLLM before it): a step computes whole prompts, as many as fit the
+// budget, or, if none can enter, decodes. A prompt longer than the budget has a step for itself.
 //
 // Use: Add requests as they arrive; Plan; execute the plan; Complete; repeat until idle().
 #ifndef KVSWEEP_WORKER_ENGINE_BATCHER_H_
@@ -19,6 +31,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <span>
 #include <vector>
 
 #include "worker/strategies/cache_strategy.h"
@@ -29,6 +42,7 @@ struct BatcherOptions {
   int32_t max_sequences = 64;        // running at most (max_num_seqs)
   int32_t max_batched_tokens = 512;  // token budget of a step; >= chunk_alignment
   int32_t chunk_alignment = 1;       // chunk borders inside a prompt
+  bool chunked_prefill = true;       // false: whole prompts, in steps without decodes
   TierBytes budget;                  // of the arm
 };
 
@@ -37,8 +51,10 @@ struct BatcherOptions {
 struct StepPlan {
   std::vector<Segment> decode;
   std::vector<Segment> prefill;
+  std::vector<SampleStart> samples;  // of prompts that end in this step
   std::vector<RequestId> admitted;   // entered the batch in this step, for the first time or again
   std::vector<RequestId> preempted;  // left it; their sequence slots are free again
+  bool short_of_memory = false;      // a request left, or could not enter, for lack of memory
   bool empty() const { return decode.empty() && prefill.empty(); }
 };
 
@@ -57,7 +73,10 @@ class Batcher {
   // Queues a request that will produce `output_tokens` tokens (known only to the schedule; the
   // manager sees shape.max_tokens). False: it can never fit, and is not queued. REQUIRES: 1 <=
   // output_tokens <= shape.max_tokens, id not in use; ids are small numbers.
-  [[nodiscard]] bool Add(RequestId request, const RequestShape& shape, int32_t output_tokens);
+  // `samples` are further continuations of its prompt, equal in shape and output. REQUIRES: they
+  // are none, or manager.can_fork() and there are slots for all.
+  [[nodiscard]] bool Add(RequestId request, const RequestShape& shape, int32_t output_tokens,
+                         std::span<const RequestId> samples = {});
 
   // The next step. REQUIRES: no plan is outstanding. Empty only when idle. Valid until the next
   // call. A decode segment feeds the latest token at start_position; the step with the last chunk
@@ -68,9 +87,11 @@ class Batcher {
   // empty.
   const StepEffects& Complete();
 
-  // Gives up a request, wherever it is (trial cancelled or timed out). REQUIRES: no plan is
-  // outstanding.
+  // Gives up a request, wherever it is (trial cancelled or timed out), and with it samples that
+  // wait for the end of its prompt. REQUIRES: no plan is outstanding, knows(request).
   void Drop(RequestId request);
+  // Added, not finished, not dropped.
+  bool knows(RequestId request) const;
 
   bool idle() const { return running_.empty() && waiting_.empty(); }
   int32_t running() const { return static_cast<int32_t>(running_.size()); }
@@ -99,7 +120,11 @@ class Batcher {
     int32_t slot = -1;       // -1: not running
     bool known = false;      // running or waiting
     bool prompt_done = false;
-    bool offloaded = false;  // preempted with its state on the host
+    bool offloaded = false;          // preempted with its state on the host
+    bool arriving = false;           // running, but the copy that brings its state is under way
+    bool forking = false;            // a sample that waits for the end of its prompt
+    int32_t lost = 0;                // tokens in the cache before the last recompute
+    std::vector<RequestId> samples;  // of its prompt, until that ends
     Tally tally;
   };
 
@@ -107,13 +132,24 @@ class Batcher {
   const Request& Get(RequestId request) const;
   void PlanRunning();
   void PlanWaiting();
+  void PlanUnchunked();
+  void PlanArriving();
   bool PlanOne(size_t index);
+  void StartSamples(Request& parent);
+  void ForkSamples(RequestId parent);
   bool Enter(RequestId request, Request& state);
-  bool MakeRoom(RequestId request, int32_t tokens);
+  bool EnterPrompt(RequestId request, Request& state);
+  bool MakeRoom(size_t index, int32_t tokens);
+  int64_t Worth(RequestId request) const;
+  void OrderByVictimRule();
+  size_t ChooseVictim(size_t index) const;
   bool DropOffloaded(RequestId keep);
-  void PreemptLast();
+  bool LacksMemory();
+  void PreemptAt(size_t index);
+  void Wait(RequestId request);
   void ForgetTokens(Request& state);
-  void AddSegment(RequestId request, const Request& state, int32_t tokens, bool resumed);
+  void AddSegment(RequestId request, Request& state, int32_t tokens, bool resumed);
+  void TakeSlot(Request& state);
   int32_t ChunkTokens(const Request& state) const;
   void Produce(RequestId request);
   void FreeSlot(Request& state);
@@ -127,6 +163,7 @@ class Batcher {
   StepPlan plan_;
   StepEffects effects_;
   int64_t arrivals_ = 0;
+  int32_t kept_slots_ = 0;  // for samples of prompts that are under way
   int32_t budget_left_ = 0;
   bool prompt_under_way_ = false;  // after this step a prompt is partly prefilled
   bool short_of_memory_ = false;   // something lost its memory in this step

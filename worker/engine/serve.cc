@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <optional>
+#include <queue>
 #include <utility>
 
 #include "base/check.h"
@@ -21,6 +24,7 @@ struct Book {
   int64_t issued_ns = 0;
   int64_t admitted_ns = 0;
   std::vector<int64_t> token_ns;  // room for all of them from the beginning
+  std::vector<int32_t> history;   // tokens that its prompt begins with
   double attended = 0;
   double full = 0;
   double fetched = 0;
@@ -30,6 +34,15 @@ struct Book {
   bool admitted = false;
   bool engaged = false;
   bool done = false;
+  int32_t open_samples = 0;  // of its prompt, itself among them; of a first sample
+};
+
+// An arrival to come.
+struct Due {
+  int64_t time_ns = 0;
+  size_t index = 0;
+  bool is_turn = false;  // a later turn of a session
+  auto operator<=>(const Due&) const = default;
 };
 
 // A series of steps thinned as it grows: full, it drops every other one and takes half as many.
@@ -73,11 +86,7 @@ class Server {
         schedule_(schedule),
         options_(options),
         sink_(sink),
-        batcher_({.max_sequences = engine->options().max_sequences,
-                  .max_batched_tokens = engine->options().max_batched_tokens,
-                  .chunk_alignment = engine->chunk_alignment(),
-                  .budget = {engine->options().device_bytes, engine->options().host_bytes}},
-                 &engine->manager()),
+        batcher_(engine->batcher_options(), &engine->manager()),
         books_(schedule.requests.size()),
         samples_(options.max_samples),
         layer_counts_(static_cast<size_t>(engine->config().layers)),
@@ -88,9 +97,12 @@ class Server {
       longest_prompt_ = std::max(longest_prompt_, request.prompt_tokens);
     }
     prompt_.resize(static_cast<size_t>(longest_prompt_));
+    for (size_t i = 0; i < books_.size(); ++i) ++books_[i - RequestAt(i).sample].open_samples;
+    ended_ns_.reserve(schedule.requests.size());
   }
 
   absl::StatusOr<ServeResult> Run() {
+    engine_.strategy().BeginMeasurement();
     while (done_ < books_.size() && result_.end == ServeResult::End::kServedAll) {
       const size_t done_before = done_;
       RETURN_IF_ERROR(Turn());
@@ -118,7 +130,7 @@ class Server {
     }
     IssueArrivals();
     if (!batcher_.idle()) return Step();
-    if (next_ < books_.size()) SleepUntilArrival();
+    if (done_ < books_.size()) SleepUntilArrival();
     return absl::OkStatus();
   }
 
@@ -126,47 +138,96 @@ class Server {
 
   void IssueArrivals() {
     const int64_t now_ns = NowNs();
-    while (next_ < books_.size()) {
-      int64_t scheduled_ns = RequestAt(next_).arrival_ns;
-      if (scheduled_ns == ServeRequest::kOnFinish) {
-        if (released_ == 0) return;
-        --released_;
-        scheduled_ns = released_ns_;
+    for (std::optional<Due> due; (due = NextDue()) && due->time_ns <= now_ns;) {
+      if (due->is_turn) {
+        turns_.pop();
+      } else {
+        do ++next_;
+        while (next_ < books_.size() && (RequestAt(next_).turn > 0 || RequestAt(next_).sample > 0));
       }
-      if (scheduled_ns > now_ns) return;
-      Issue(next_++, scheduled_ns, now_ns);
+      Issue(due->index, due->time_ns, now_ns);
     }
   }
 
+  // The arrival that comes next by what is known now; none while all that is left waits for others
+  // to end. First turns come before later turns of the same instant.
+  std::optional<Due> NextDue() const {
+    std::optional<Due> due;
+    if (next_ < books_.size()) {
+      const ServeRequest& request = RequestAt(next_);
+      if (request.after_ended == 0) {
+        due = {request.arrival_ns, next_, false};
+      } else if (request.after_ended <= ended_ns_.size()) {
+        due = {ended_ns_[request.after_ended - 1], next_, false};
+      }
+    }
+    if (!turns_.empty() && (!due || turns_.top().time_ns < due->time_ns)) due = turns_.top();
+    return due;
+  }
+
+  static RequestShape ShapeOf(const ServeRequest& request) {
+    return {.prompt_tokens = request.prompt_tokens,
+            .max_tokens = request.max_tokens,
+            .oracle_tokens = request.prompt_tokens + request.output_tokens};
+  }
+
+  // A request, and with it the further samples of its prompt.
   void Issue(size_t index, int64_t scheduled_ns, int64_t now_ns) {
+    std::vector<RequestId> samples;
+    for (size_t next = index + 1; next < books_.size() && RequestAt(next).sample > 0; ++next) {
+      samples.push_back(static_cast<RequestId>(next));
+    }
+    const bool forks = engine_.manager().can_fork();
+    const bool added = IssueOne(index, scheduled_ns, now_ns, [&](const ServeRequest& request) {
+      return batcher_.Add(static_cast<RequestId>(index), ShapeOf(request), request.output_tokens,
+                          forks ? samples : std::span<const RequestId>());
+    });
+    for (const RequestId sample : samples) {
+      IssueOne(static_cast<size_t>(sample), scheduled_ns, now_ns, [&](const ServeRequest& request) {
+        return forks ? added : batcher_.Add(sample, ShapeOf(request), request.output_tokens);
+      });
+    }
+  }
+
+  template <typename Add>
+  bool IssueOne(size_t index, int64_t scheduled_ns, int64_t now_ns, const Add& add) {
     const ServeRequest& request = RequestAt(index);
-    const RequestId id = static_cast<RequestId>(index);
     Book& book = books_[index];
     book.scheduled_ns = scheduled_ns;
     book.issued_ns = now_ns;
     book.issued = true;
-    if (batcher_.Add(id, {request.prompt_tokens, request.max_tokens}, request.output_tokens)) {
+    const bool added = add(request);
+    if (added) {
       book.token_ns.reserve(static_cast<size_t>(request.output_tokens));
       const std::span<int32_t> prompt(prompt_.data(), static_cast<size_t>(request.prompt_tokens));
-      schedule_.copy_prompt(index, prompt);
-      engine_.AddSequence(id, prompt, request.prompt_tokens);
+      KVSWEEP_CHECK_EQ(book.history.size(), static_cast<size_t>(request.history_tokens));
+      std::copy(book.history.begin(), book.history.end(), prompt.begin());
+      schedule_.copy_prompt(index, prompt.subspan(book.history.size()));
+      engine_.AddSequence(static_cast<RequestId>(index), prompt, request.prompt_tokens,
+                          static_cast<int32_t>(request.sample));
     } else {
       ++result_.infeasible;
       Close(index, RequestRow::STATUS_INFEASIBLE);
     }
+    CountIssued();
+    return added;
+  }
+
+  void CountIssued() {
     const size_t total = books_.size();
+    ++issued_;
     for (size_t third = 1; third <= 3; ++third) {
-      if (index + 1 == (total * third + 2) / 3) {
+      if (issued_ == (total * third + 2) / 3) {
         result_.waiting_at_third[third - 1] = batcher_.waiting();
       }
     }
   }
 
   void SleepUntilArrival() {
-    const int64_t arrival_ns = RequestAt(next_).arrival_ns;
-    KVSWEEP_CHECK(arrival_ns >= 0) << "a closed loop stands still at request " << next_;
+    const std::optional<Due> due = NextDue();
+    KVSWEEP_CHECK(due.has_value()) << "the loop stands still at request " << next_;
     const int64_t wake_ns =
-        std::min({arrival_ns, options_.time_limit_ns, NowNs() + kLongestSleepNs});
+        std::min({due->time_ns, options_.time_limit_ns, NowNs() + kLongestSleepNs});
     options_.clock->SleepUntilNs(start_ns_ + wake_ns);
   }
 
@@ -181,6 +242,7 @@ class Server {
     const int64_t end_ns = NowNs();
     ++result_.steps;
     result_.captured_steps += step.captured;
+    result_.memory_short_steps += plan.short_of_memory;
     result_.kv_bytes_to_device += step.kv_bytes_to_device;
     result_.kv_bytes_to_host += step.kv_bytes_to_host;
     BookDecodes(plan);
@@ -190,10 +252,12 @@ class Server {
   }
 
   void BookPlan(const StepPlan& plan, int64_t now_ns) {
-    for (const RequestId id : plan.admitted) {
+    const auto admit = [&](RequestId id) {
       Book& book = books_[static_cast<size_t>(id)];
       if (!std::exchange(book.admitted, true)) book.admitted_ns = now_ns;
-    }
+    };
+    for (const RequestId id : plan.admitted) admit(id);
+    for (const SampleStart& sample : plan.samples) admit(sample.request);
     for (const Segment& segment : plan.decode) BookMemory(segment.request);
     for (const Segment& segment : plan.prefill) BookMemory(segment.request);
   }
@@ -232,8 +296,7 @@ class Server {
   void BookPrompt(RequestId id) {
     const ServeRequest& request = RequestAt(static_cast<size_t>(id));
     Book& book = books_[static_cast<size_t>(id)];
-    const int32_t evicted =
-        engine_.strategy().PromptEvictions({request.prompt_tokens, request.max_tokens});
+    const int32_t evicted = engine_.strategy().PromptEvictions(ShapeOf(request));
     book.evicted += evicted;
     book.engaged |= evicted > 0;
   }
@@ -274,10 +337,26 @@ class Server {
       result_.preemptions += tally.preemptions;
       result_.recomputed_tokens += tally.recomputed_tokens;
     }
-    ++released_;
-    released_ns_ = NowNs();
     if (!sink_(MakeRow(index, status))) result_.end = ServeResult::End::kSinkFull;
     books_[index].token_ns = {};
+    books_[index].history = {};
+    EndTurn(index, status);
+  }
+
+  // What the end of a request lets come: the session's next turn, or those that wait for sessions
+  // to end.
+  void EndTurn(size_t index, RequestRow::Status status) {
+    if (--books_[index - RequestAt(index).sample].open_samples > 0) return;
+    if (RequestAt(index).last_turn) return ended_ns_.push_back(NowNs());
+    const size_t next = index + 1;
+    if (status == RequestRow::STATUS_COMPLETED) {
+      const std::span<const int32_t> said = engine_.Tokens(static_cast<RequestId>(index));
+      books_[next].history.assign(said.begin(), said.end());
+      turns_.push({NowNs() + RequestAt(next).think_ns, next, true});
+    } else if (status == RequestRow::STATUS_INFEASIBLE) {
+      ++result_.infeasible;
+      Close(next, status);
+    }
   }
 
   RequestRow MakeRow(size_t index, RequestRow::Status status) const {
@@ -285,6 +364,8 @@ class Server {
     const Book& book = books_[index];
     RequestRow row;
     row.set_index(static_cast<uint32_t>(index));
+    row.set_session(request.session);
+    row.set_turn(request.turn);
     row.set_status(status);
     row.set_prompt_tokens(static_cast<uint32_t>(request.prompt_tokens));
     row.set_output_tokens(static_cast<uint32_t>(
@@ -309,8 +390,7 @@ class Server {
     row.set_output_digest(
         DigestOfTokens(engine_.Tokens(id).subspan(static_cast<size_t>(request.prompt_tokens))));
     const int32_t tokens = request.prompt_tokens + request.output_tokens;
-    const bool expected =
-        engine_.strategy().EngagementExpected({request.prompt_tokens, request.max_tokens}, tokens);
+    const bool expected = engine_.strategy().EngagementExpected(ShapeOf(request), tokens);
     row.set_engagement_expected(expected);
     row.set_engaged(expected && book.engaged);
     return row;
@@ -331,7 +411,8 @@ class Server {
     for (size_t index = 0; index < books_.size(); ++index) {
       if (books_[index].done) continue;
       if (books_[index].issued) {
-        batcher_.Drop(static_cast<RequestId>(index));
+        const RequestId id = static_cast<RequestId>(index);
+        if (batcher_.knows(id)) batcher_.Drop(id);
         engine_.RemoveSequence(static_cast<RequestId>(index));
       }
       ++result_.unfinished;
@@ -360,10 +441,11 @@ class Server {
   std::vector<int32_t> prompt_;
   int32_t longest_prompt_ = 0;
   const int64_t start_ns_;
-  size_t next_ = 0;  // first request that has not been issued
+  std::priority_queue<Due, std::vector<Due>, std::greater<>> turns_;  // later turns that will come
+  std::vector<int64_t> ended_ns_;  // when sessions ended, in that order
+  size_t next_ = 0;                // first turn that has not been issued
+  size_t issued_ = 0;
   size_t done_ = 0;
-  int64_t released_ = 0;  // requests of a closed loop that may come, since others finished
-  int64_t released_ns_ = 0;
   ServeResult result_;
 };
 

@@ -5,6 +5,9 @@
 // modelled time the clock is simulated, jumps to the next arrival, and moves by what each step
 // lasts on the device profile, so the same schedule always gives the same rows.
 //
+// A session's next turn arrives when the turn before has ended and its person has thought; its
+// prompt begins with all that was said, the engine's own output included.
+//
 // One thread. The engine never waits for whoever takes the rows.
 #ifndef KVSWEEP_WORKER_ENGINE_SERVE_H_
 #define KVSWEEP_WORKER_ENGINE_SERVE_H_
@@ -25,19 +28,27 @@ namespace kvsweep {
 
 // One request of the schedule.
 struct ServeRequest {
-  // Arrival of a closed loop's request that comes when another one finishes.
-  static constexpr int64_t kOnFinish = -1;
-
-  int64_t arrival_ns = 0;  // since time 0 of the measurement, or kOnFinish
+  int64_t arrival_ns = 0;    // since time 0 of the measurement; of a first turn that waits for none
+  uint32_t after_ended = 0;  // above 0: arrives when so many sessions have ended
+  int64_t think_ns = 0;      // a later turn: from the end of the turn before to the arrival
   int32_t prompt_tokens = 0;
-  int32_t output_tokens = 0;  // replayed length
-  int32_t max_tokens = 0;     // what the strategy may know
+  int32_t history_tokens = 0;  // of these, what the turn before left: its prompt and its output
+  int32_t output_tokens = 0;   // replayed length
+  int32_t max_tokens = 0;      // what the strategy may know
+  uint32_t session = 0;
+  uint32_t turn = 0;      // above 0: goes on from the request that stands before it
+  bool last_turn = true;  // its end ends the session
+  // Above 0: a further sample of the prompt of the request that stands so many places before it;
+  // comes with that one, equal in all but its first token. Where memory can be forked, the prompt
+  // is computed once. A session with samples has one turn.
+  uint32_t sample = 0;
 };
 
 // A schedule, borrowed.
 struct ServeSchedule {
-  std::span<const ServeRequest> requests;  // in order of arrival
-  // Writes the prompt of request `index`, of prompt_tokens tokens.
+  // First turns in order of arrival, each followed by its session's further turns.
+  std::span<const ServeRequest> requests;
+  // Writes the prompt of request `index` behind its history, prompt_tokens - history_tokens tokens.
   std::function<void(size_t index, std::span<int32_t> prompt)> copy_prompt;
   // Arrivals do not depend on the service: a queue that keeps growing means overload.
   bool open_loop = true;
@@ -75,12 +86,13 @@ struct ServeResult {
   int32_t infeasible = 0;
   int32_t unfinished = 0;
 
-  // Requests waiting when one third, two thirds and all of them had arrived; and the verdict.
+  // Requests waiting when one third, two thirds and all of them had come; and the verdict.
   int32_t waiting_at_third[3] = {0, 0, 0};
   bool queue_grows = false;
 
   int64_t steps = 0;
   int64_t captured_steps = 0;
+  int64_t memory_short_steps = 0;   // in which a request left, or could not enter, for lack of it
   uint64_t kv_bytes_to_device = 0;  // over the host link, by the cache
   uint64_t kv_bytes_to_host = 0;
   int64_t prefill_tokens = 0;  // computed, those computed again included
@@ -97,7 +109,8 @@ struct ServeResult {
 };
 
 // Serves the schedule. Every request of it gives exactly one row, unless the sink is full:
-// completed or infeasible ones as they end, the rest as unfinished at the end. The engine holds no
+// completed or infeasible ones as they end, the rest as unfinished at the end; what would follow an
+// infeasible turn is infeasible too. The engine holds no
 // sequence afterwards. Request ids are indices into the schedule. An error is the engine's.
 // REQUIRES: the engine is idle; no request is longer than its max_context.
 absl::StatusOr<ServeResult> ServeLoad(InferenceEngine* engine, const ServeSchedule& schedule,

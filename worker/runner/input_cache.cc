@@ -44,14 +44,14 @@ absl::StatusOr<std::string> InputCache::ReadFile(const Place& place, const std::
   return content;
 }
 
-absl::StatusOr<std::span<const TraceRow>> InputCache::Trace(const RunTrial& request,
-                                                            const std::string& path) {
+absl::StatusOr<const Trace*> InputCache::FindTrace(const RunTrial& request,
+                                                   const std::string& path) {
   ASSIGN_OR_RETURN(const Place place, FindPlace(request, path));
   const std::string key = absl::StrCat(place.digest.Hex(), " ", place.path);
-  if (const auto found = traces_.find(key); found != traces_.end()) return found->second;
+  if (const auto found = traces_.find(key); found != traces_.end()) return &found->second;
   ASSIGN_OR_RETURN(const std::string content, ReadFile(place, path, limits::kTraceFileBytes));
-  ASSIGN_OR_RETURN(std::vector<TraceRow> rows, ParseAzureTrace(content, path));
-  return Keep(traces_, key, std::move(rows));
+  ASSIGN_OR_RETURN(Trace trace, ParseTrace(content, path));
+  return &Keep(traces_, key, std::move(trace));
 }
 
 absl::StatusOr<std::span<const int32_t>> InputCache::TextIds(const RunTrial& request,

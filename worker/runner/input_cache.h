@@ -16,7 +16,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "base/digest.h"
-#include "experiments/workload.h"
+#include "experiments/trace.h"
 #include "proto/runner.pb.h"
 #include "worker/engine/tokenizer.h"
 
@@ -24,10 +24,10 @@ namespace kvsweep {
 
 class InputCache {
  public:
-  // The rows of the trace that the spec calls `path`. NotFound when the request has no place for
-  // it, FailedPrecondition when the file is not the one that was submitted. The span is valid until
-  // the next call of this function.
-  absl::StatusOr<std::span<const TraceRow>> Trace(const RunTrial& request, const std::string& path);
+  // The trace that the spec calls `path`. NotFound when the request has no place for it,
+  // FailedPrecondition when the file is not the one that was submitted. Valid until the next call
+  // of this function.
+  absl::StatusOr<const Trace*> FindTrace(const RunTrial& request, const std::string& path);
 
   // The text that the spec calls `path`, whole, as ids of `tokenizer`, which belongs to the model
   // of digest `model`; without BOS. Errors and validity as above.
@@ -45,8 +45,8 @@ class InputCache {
   static absl::StatusOr<std::string> ReadFile(const Place& place, const std::string& name,
                                               int64_t most_bytes);
 
-  std::map<std::string, std::vector<TraceRow>> traces_;  // by digest and place
-  std::map<std::string, std::vector<int32_t>> texts_;    // by digest, place and model
+  std::map<std::string, Trace> traces_;                // by digest and place
+  std::map<std::string, std::vector<int32_t>> texts_;  // by digest, place and model
 };
 
 }  // namespace kvsweep

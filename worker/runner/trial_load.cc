@@ -24,6 +24,8 @@ DType KvDtype(const Kv& kv, const ModelConfig& config) {
       return DType::kBf16;
     case Kv::DTYPE_F16:
       return DType::kF16;
+    case Kv::DTYPE_FP8_E4M3:
+      return DType::kFp8E4m3;
     default:
       return config.dtype;
   }
@@ -66,7 +68,7 @@ absl::Status Trial::LoadWorkload() {
                                                                context_.device->model_key()));
   }
   if (load.lengths().has_trace()) {
-    ASSIGN_OR_RETURN(inputs.trace, context_.inputs->Trace(request_, load.lengths().trace()));
+    ASSIGN_OR_RETURN(inputs.trace, context_.inputs->FindTrace(request_, load.lengths().trace()));
   }
   const Seeds& seeds = request_.spec().seeds();
   ASSIGN_OR_RETURN(Workload workload, Workload::Build(load, seeds, inputs));
@@ -89,6 +91,10 @@ absl::Status Trial::LoadQualityTask() {
   quality_.context = static_cast<int32_t>(quality.context());
   quality_.prefill = static_cast<int32_t>(quality.prefill());
   quality_.windows = QualityWindows(quality.text_tokens(), quality_.context, quality_.prefill);
+  if (quality.has_passkey()) {
+    ASSIGN_OR_RETURN(passkeys_, MakePasskeyPrompts(quality.passkey(), *tokenizer, quality_.text_ids,
+                                                   quality_.bos_id, quality_.context));
+  }
   return absl::OkStatus();
 }
 

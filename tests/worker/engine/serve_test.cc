@@ -168,7 +168,7 @@ TEST_F(ServeTest, EvictionShowsInTheRows) {
 TEST_F(ServeTest, ClosedLoopKeepsItsConcurrency) {
   std::vector<ServeRequest> requests = Requests(12, 0, 5);
   for (size_t i = 0; i < requests.size(); ++i) {
-    requests[i].arrival_ns = i < 3 ? 0 : ServeRequest::kOnFinish;
+    if (i >= 3) requests[i].after_ended = static_cast<uint32_t>(i - 2);
   }
   const Served served = Serve(PagedArm(), Options(4 * kMiB), requests, {}, false);
   ASSERT_EQ(served.result.completed, 12);
@@ -186,6 +186,152 @@ TEST_F(ServeTest, ClosedLoopKeepsItsConcurrency) {
           << "request " << row.index();
     }
   }
+}
+
+TEST_F(ServeTest, AStaticBatchComesWhenAllBeforeItEnded) {
+  std::vector<ServeRequest> requests = Requests(10, 0, 15);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    requests[i].after_ended = static_cast<uint32_t>(i / 4 * 4);
+  }
+  const Served served = Serve(PagedArm(), Options(4 * kMiB), requests, {}, false);
+  ASSERT_EQ(served.result.completed, 10);
+  int64_t last_end_ns[3] = {};
+  for (const RequestRow& row : served.rows) {
+    last_end_ns[row.index() / 4] = std::max(last_end_ns[row.index() / 4], row.finished_ns());
+  }
+  for (const RequestRow& row : served.rows) {
+    const size_t batch = row.index() / 4;
+    EXPECT_EQ(row.scheduled_ns(), batch == 0 ? 0 : last_end_ns[batch - 1]);
+  }
+}
+
+// Sessions of up to four turns with random lengths, arrivals and pauses.
+std::vector<ServeRequest> Chats(int sessions, uint64_t seed) {
+  Random random(seed);
+  std::vector<ServeRequest> requests;
+  const auto draw = [&](uint64_t most) { return 1 + static_cast<int32_t>(random.Uniform(most)); };
+  for (int session = 0; session < sessions; ++session) {
+    const int turns = draw(4);
+    int32_t history = 0;
+    for (int turn = 0; turn < turns; ++turn) {
+      ServeRequest request = {.arrival_ns = session * kNsPerMs,
+                              .think_ns = static_cast<int64_t>(random.Uniform(5 * kNsPerMs)),
+                              .prompt_tokens = history + draw(30),
+                              .history_tokens = history,
+                              .output_tokens = draw(20),
+                              .max_tokens = 30,
+                              .session = static_cast<uint32_t>(session),
+                              .turn = static_cast<uint32_t>(turn),
+                              .last_turn = turn + 1 == turns};
+      history = request.prompt_tokens + request.output_tokens;
+      requests.push_back(request);
+    }
+  }
+  return requests;
+}
+
+TEST_F(ServeTest, ATurnComesAfterTheTurnBeforeAndItsThinkTime) {
+  for (uint64_t seed = 1; seed <= 3; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    const std::vector<ServeRequest> requests = Chats(8, seed);
+    const Served served = Serve(PagedArm(), Options(4 * kMiB), requests);
+    ASSERT_EQ(served.rows.size(), requests.size());
+    std::map<uint32_t, RequestRow> by_index;
+    for (const RequestRow& row : served.rows) by_index[row.index()] = row;
+    for (const auto& [index, row] : by_index) {
+      const ServeRequest& request = requests[index];
+      EXPECT_EQ(row.session(), request.session);
+      EXPECT_EQ(row.turn(), request.turn);
+      EXPECT_EQ(row.scheduled_ns(), request.turn == 0
+                                        ? request.arrival_ns
+                                        : by_index[index - 1].finished_ns() + request.think_ns);
+      EXPECT_LE(row.scheduled_ns(), row.issued_ns());
+    }
+  }
+}
+
+// What the engine said is part of the next prompt: one session of two turns ends as a single
+// request does that is given the first turn's own output.
+TEST_F(ServeTest, ATurnCarriesTheOutputOfTheTurnBefore) {
+  const auto prompt_of = [&](size_t index, std::span<int32_t> prompt) {
+    for (size_t i = 0; i < prompt.size(); ++i) {
+      prompt[i] = samples_[index * 100 + i];
+    }
+  };
+  EngineOptions options = Options(4 * kMiB);
+  const std::unique_ptr<InferenceEngine> engine = stories_.MakeEngine(PagedArm(), options);
+  std::vector<int32_t> said;  // the second turn's prompt as the engine got it
+  const std::vector<ServeRequest> requests = {
+      {.prompt_tokens = 20, .output_tokens = 12, .max_tokens = 20, .last_turn = false},
+      {.prompt_tokens = 40,
+       .history_tokens = 32,
+       .output_tokens = 10,
+       .max_tokens = 20,
+       .turn = 1}};
+  const auto serve = [&](const std::vector<ServeRequest>& schedule, const auto& copy) {
+    SimulatedClock clock;
+    const ServeOptions serve_options = {.clock = &clock, .modelled = &clock};
+    std::map<uint32_t, uint64_t> digests;
+    const absl::StatusOr<ServeResult> result =
+        ServeLoad(engine.get(), {.requests = schedule, .copy_prompt = copy}, serve_options,
+                  [&](RequestRow row) {
+                    digests[row.index()] = row.output_digest();
+                    return true;
+                  });
+    EXPECT_TRUE(result.ok()) << result.status();
+    return digests;
+  };
+  const auto chat = serve(requests, prompt_of);
+  // The first turn alone, token by token, to learn its output.
+  Batcher batcher({.max_sequences = 1, .max_batched_tokens = 128, .budget = {4 * kMiB, 0}},
+                  &engine->manager());
+  std::vector<int32_t> first(20);
+  prompt_of(0, first);
+  ASSERT_TRUE(batcher.Add(0, {20, 20}, 12));
+  engine->AddSequence(0, first, 20);
+  while (!batcher.idle()) {
+    ASSERT_TRUE(engine->Execute(batcher.Plan()).ok());
+    batcher.Complete();
+  }
+  said.assign(engine->Tokens(0).begin(), engine->Tokens(0).end());
+  engine->RemoveSequence(0);
+  ASSERT_EQ(said.size(), 32u);
+  const auto alone = serve({{.prompt_tokens = 40, .output_tokens = 10, .max_tokens = 20}},
+                           [&](size_t, std::span<int32_t> prompt) {
+                             std::copy(said.begin(), said.end(), prompt.begin());
+                             prompt_of(1, prompt.subspan(32));
+                           });
+  EXPECT_EQ(chat.at(1), alone.at(0));
+}
+
+TEST_F(ServeTest, WhatFollowsAnInfeasibleTurnIsInfeasibleToo) {
+  std::vector<ServeRequest> requests = {
+      {.prompt_tokens = 10, .output_tokens = 5, .max_tokens = 20, .last_turn = false},
+      {.prompt_tokens = 215,
+       .history_tokens = 15,
+       .output_tokens = 2,
+       .max_tokens = 40,
+       .turn = 1,
+       .last_turn = false},
+      {.prompt_tokens = 220,
+       .history_tokens = 217,
+       .output_tokens = 2,
+       .max_tokens = 30,
+       .turn = 2},
+      {.after_ended = 1, .prompt_tokens = 10, .output_tokens = 5, .max_tokens = 20, .session = 1}};
+  const Served served = Serve(PagedArm(), Options(256 << 10), requests);
+  EXPECT_EQ(served.result.completed, 2);
+  EXPECT_EQ(served.result.infeasible, 2);
+  for (const RequestRow& row : served.rows) {
+    const bool fits = row.index() == 0 || row.index() == 3;
+    EXPECT_EQ(row.status() == RequestRow::STATUS_COMPLETED, fits) << row.index();
+  }
+}
+
+TEST_F(ServeTest, StepsShortOfMemoryAreCounted) {
+  const std::vector<ServeRequest> requests = Requests(12, 0, 3);
+  EXPECT_GT(Serve(PagedArm(), Options(256 << 10), requests).result.memory_short_steps, 0);
+  EXPECT_EQ(Serve(PagedArm(), Options(4 * kMiB), requests).result.memory_short_steps, 0);
 }
 
 TEST_F(ServeTest, ARequestThatCanNeverFitIsRefusedAtOnce) {
