@@ -18,6 +18,7 @@ struct Head {
   int64_t row = 0;
   int64_t head = 0;
 
+  bool scored() const { return args.score.data != nullptr; }
   float& score(int64_t slot) const {
     return static_cast<float*>(args.score.data)[SlotOffset(args.score, row, slot, head)];
   }
@@ -25,24 +26,45 @@ struct Head {
     return static_cast<int32_t*>(
         args.slot_position.data)[SlotOffset(args.slot_position, row, slot, head)];
   }
+  int32_t& rank(int64_t slot) const {
+    return static_cast<int32_t*>(args.rank.data)[SlotOffset(args.rank, row, slot, head)];
+  }
+
   // What token slot `slot` (the new token: the number stored) received from the group's queries.
   float Received(int64_t slot) const {
     const int64_t group = args.query_heads / args.kv_heads;
-    float sum = 0.0f;
+    float received = 0.0f;
     for (int64_t q = 0; q < group; ++q) {
       const int64_t index = row * args.query_heads + head * group + q;
-      sum += args.probability[index * args.probability_stride + slot];
+      const float probability = args.probability[index * args.probability_stride + slot];
+      received =
+          args.scoring.group_maximum ? std::max(received, probability) : received + probability;
     }
-    return sum;
+    return received;
   }
 
-  // The slot in [0, slots) with the least score, on ties the one with the highest position.
-  int64_t Least(int64_t slots) const {
-    int64_t least = 0;
-    for (int64_t slot = 1; slot < slots; ++slot) {
-      if (score(slot) < score(least) ||
-          (score(slot) == score(least) && position(slot) > position(least))) {
+  float Kept(float value) const {
+    if (args.scoring.half) RoundElements(&value, &value, DType::kF16, 1);
+    return value;
+  }
+
+  // What a slot is compared by.
+  float Worth(int64_t slot) const {
+    if (!args.scoring.mean) return score(slot);
+    return score(slot) / static_cast<float>(args.position[row] + 1 - position(slot));
+  }
+
+  // The slot in [begin, end) of least worth, on ties the one with the highest position; kNowhere if
+  // there is none.
+  int64_t Least(int64_t begin, int64_t end) const {
+    if (begin >= end) return kNowhere;
+    int64_t least = begin;
+    float least_worth = Worth(begin);
+    for (int64_t slot = begin + 1; slot < end; ++slot) {
+      const float worth = Worth(slot);
+      if (worth < least_worth || (worth == least_worth && position(slot) > position(least))) {
         least = slot;
+        least_worth = worth;
       }
     }
     return least;
@@ -57,6 +79,7 @@ struct Head {
     std::memcpy(args.view.value + to, args.view.value + from, bytes);
     score(target) = score(source);
     position(target) = position(source);
+    if (args.rank.data != nullptr) rank(target) = rank(source);
   }
 
   void WriteNew(int64_t slot, float new_score) const {
@@ -66,27 +89,54 @@ struct Head {
                   args.head_dim);
     StoreElements(args.view.value, args.view.dtype, offset, Row(args.value, row) + column,
                   args.head_dim);
-    score(slot) = new_score;
-    position(slot) = args.position[row];
+    if (scored()) score(slot) = new_score;
+    if (args.slot_position.data != nullptr) position(slot) = args.position[row];
   }
 
-  // Makes room for the new token and returns its slot, kNowhere if it is the one to leave.
-  int64_t Evict(float new_score) const {
+  // The token of rank `gone` has left a full row of `slots` slots, whose slot `target` is new.
+  void CloseRanks(int32_t gone, int64_t slots, int64_t target) const {
+    for (int64_t slot = 0; slot < slots; ++slot) rank(slot) -= rank(slot) > gone;
+    rank(target) = static_cast<int32_t>(slots - 1);
+  }
+
+  // Finds the new token's place in a full row and makes room there; kNowhere: it is the one that
+  // leaves.
+  int64_t MakeRoom(float new_score) const {
     const int64_t heavy = args.heavy[row];
     const int64_t recent = args.recent[row];
-    const int64_t position = args.position[row];
-    if (position < heavy + recent) return position;
+    const int64_t sinks = std::min<int64_t>(args.sinks, heavy);
+    const int64_t least = scored() ? Least(sinks, heavy) : kNowhere;
+    int64_t leaves = least;
+    int64_t target = least;
     if (recent == 0) {
-      if (heavy == 0) return kNowhere;
-      const int64_t least = Least(heavy);
-      return new_score > score(least) ? least : kNowhere;
+      if (least == kNowhere || (!args.promote && !(new_score > Worth(least)))) return kNowhere;
+    } else {
+      target = heavy + (args.position[row] - heavy) % recent;
+      const bool displaces = least != kNowhere && (args.promote || Worth(least) < Worth(target));
+      if (!displaces) leaves = target;
     }
-    const int64_t leaving = heavy + (position - heavy) % recent;
-    if (heavy > 0) {
-      const int64_t least = Least(heavy);
-      if (score(least) < score(leaving)) CopySlot(least, leaving);
+    const int32_t gone = args.rank.data != nullptr ? rank(leaves) : 0;
+    if (leaves != target) CopySlot(leaves, target);
+    if (args.rank.data != nullptr) CloseRanks(gone, heavy + recent, target);
+    return target;
+  }
+
+  void Step(int64_t stored) const {
+    float new_score = 0.0f;
+    if (scored()) {
+      for (int64_t slot = 0; slot < stored; ++slot) {
+        score(slot) = Kept(score(slot) * args.scoring.decay + Received(slot));
+      }
+      new_score = Kept(Received(stored));
     }
-    return leaving;
+    int64_t slot = args.position[row];
+    if (slot >= int64_t{args.heavy[row]} + args.recent[row]) {
+      slot = MakeRoom(new_score);
+      if (slot == kNowhere) return;
+    } else if (args.rank.data != nullptr) {
+      rank(slot) = static_cast<int32_t>(slot);
+    }
+    WriteNew(slot, new_score);
   }
 };
 
@@ -99,6 +149,8 @@ absl::Status CheckRow(const EvictHeavyArgs& args, int64_t row) {
   }
   const int64_t slots = std::max(stored, std::min<int64_t>(args.position[row] + 1, budget));
   RETURN_IF_ERROR(CheckSlots("view", args.view, row, slots));
+  if (args.rank.data != nullptr) RETURN_IF_ERROR(CheckSlots("rank", args.rank, row, slots));
+  if (args.score.data == nullptr) return absl::OkStatus();
   RETURN_IF_ERROR(CheckSlots("score", args.score, row, slots));
   RETURN_IF_ERROR(CheckSlots("slot_position", args.slot_position, row, slots));
   if (stored >= args.probability_stride) {
@@ -116,14 +168,10 @@ absl::Status Run(const EvictHeavyArgs& args, Context& context) {
     if (IsActive(args.row_active, row)) RETURN_IF_ERROR(CheckRow(args, row));
   }
   const int64_t pairs = int64_t{args.rows} * args.kv_heads;
-  ForRows(context, pairs, 2 * args.probability_stride, [&](int64_t task, int) {
+  const int64_t work = args.score.data == nullptr ? 2 * args.head_dim : 2 * args.probability_stride;
+  ForRows(context, pairs, work, [&](int64_t task, int) {
     const Head head{args, task / args.kv_heads, task % args.kv_heads};
-    if (!IsActive(args.row_active, head.row)) return;
-    const int64_t stored = KvLength(args.view, head.row, head.head);
-    for (int64_t slot = 0; slot < stored; ++slot) head.score(slot) += head.Received(slot);
-    const float new_score = head.Received(stored);
-    const int64_t slot = head.Evict(new_score);
-    if (slot != kNowhere) head.WriteNew(slot, new_score);
+    if (IsActive(args.row_active, head.row)) head.Step(KvLength(args.view, head.row, head.head));
   });
   return absl::OkStatus();
 }

@@ -11,6 +11,8 @@ int32_t BudgetBaseTokens(BudgetBase base, int32_t fixed_tokens, const RequestSha
       return shape.prompt_tokens;
     case BUDGET_BASE_FIXED:
       return fixed_tokens;
+    case BUDGET_BASE_FINAL:
+      return shape.oracle_tokens > 0 ? shape.oracle_tokens : shape.limit();
     default:
       return shape.limit();
   }

@@ -10,8 +10,8 @@
 
 namespace kvsweep {
 
-// What the ratio is a ratio of, in tokens: the request's limit (prompt + max_tokens), its prompt,
-// or a fixed number.
+// What the ratio is a ratio of, in tokens: the request's limit (prompt + max_tokens), its prompt, a
+// fixed number, or its true final length (the limit where that is not known).
 int32_t BudgetBaseTokens(BudgetBase base, int32_t fixed_tokens, const RequestShape& shape);
 
 // C = 2 * floor(ratio * base / 2), at least `least`.

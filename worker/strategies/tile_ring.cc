@@ -1,0 +1,75 @@
+#include "worker/strategies/tile_ring.h"
+
+#include "base/check.h"
+
+namespace kvsweep {
+
+TileRing::TileRing(Backend* backend, std::byte* memory, DType dtype, int32_t tokens, int32_t heads,
+                   int32_t head_dim)
+    : backend_(backend),
+      memory_(memory),
+      dtype_(dtype),
+      tokens_(tokens),
+      heads_(heads),
+      head_dim_(head_dim),
+      fork_(backend->CreateEvent()) {
+  for (Buffer& buffer : buffers_) {
+    buffer.ready = backend->CreateEvent();
+    buffer.free = backend->CreateEvent();
+  }
+}
+
+void TileRing::Fork() {
+  backend_->RecordEvent(fork_, Stream::kCompute);
+  backend_->WaitEvent(fork_, Stream::kHostToDevice);
+  // What used the buffers before stands before the fork.
+  for (Buffer& buffer : buffers_) buffer.used = false;
+}
+
+KvView TileRing::View(int buffer, int32_t rows) const {
+  const int64_t bytes = DTypeBytes(dtype_);
+  const int32_t tokens = TileTokens(rows);
+  const int64_t head = int64_t{tokens} * 2 * head_dim_;
+  std::byte* key = memory_ + int64_t{buffer} * tokens_ * heads_ * 2 * head_dim_ * bytes;
+  return {.key = key,
+          .value = key + head_dim_ * bytes,
+          .dtype = dtype_,
+          .block_size = tokens,
+          .block_stride = head * heads_,
+          .token_stride = 2 * head_dim_,
+          .head_stride = head};
+}
+
+KvView TileRing::Load(CopyTileArgs args) {
+  current_ = 1 - current_;
+  Buffer& buffer = buffers_[static_cast<size_t>(current_)];
+  KvView view = View(current_, args.row >= 0 ? 1 : args.rows);
+  KVSWEEP_CHECK_LE(args.tokens, view.block_size);
+  view.length = args.source.length;
+  view.length_stride = args.source.length_stride;
+  view.length_head_stride = args.source.length_head_stride;
+  args.target = view;
+  if (buffer.used) backend_->WaitEvent(buffer.free, Stream::kHostToDevice);
+  backend_->CopyTile(args, Stream::kHostToDevice);
+  backend_->RecordEvent(buffer.ready, Stream::kHostToDevice);
+  backend_->WaitEvent(buffer.ready, Stream::kCompute);
+  buffer.used = true;
+  view.first_token = args.first_token;
+  view.max_tokens = args.tokens;
+  return view;
+}
+
+void TileRing::Free() {
+  backend_->RecordEvent(buffers_[static_cast<size_t>(current_)].free, Stream::kCompute);
+}
+
+KvView TileRing::Nothing(const KvView& source) const {
+  KvView view = View(0, 1);
+  view.length = source.length;
+  view.length_stride = source.length_stride;
+  view.length_head_stride = source.length_head_stride;
+  view.max_tokens = 0;
+  return view;
+}
+
+}  // namespace kvsweep

@@ -1,0 +1,61 @@
+// Two buffers through which entries of the host tier stream to attention: while one tile is
+// attended to on Stream::kCompute, the next is copied on Stream::kHostToDevice.
+//
+// A step calls Fork once, before its first tile. Each tile is loaded, used and freed before the
+// next is loaded; the copies run ahead of their use as far as the two buffers allow.
+#ifndef KVSWEEP_WORKER_STRATEGIES_TILE_RING_H_
+#define KVSWEEP_WORKER_STRATEGIES_TILE_RING_H_
+
+#include <array>
+#include <cstdint>
+
+#include "kernels/backend.h"
+
+namespace kvsweep {
+
+class TileRing {
+ public:
+  // `memory`: device memory of 2 x [tokens][heads][key, value][head_dim] elements of `dtype`.
+  // Borrows the backend.
+  TileRing(Backend* backend, std::byte* memory, DType dtype, int32_t tokens, int32_t heads,
+           int32_t head_dim);
+
+  // Tokens of a tile that `rows` sequences share.
+  int32_t TileTokens(int32_t rows) const { return tokens_ / rows; }
+
+  // Copies may begin when Stream::kCompute has come here: what they read was written before.
+  void Fork();
+
+  // Enqueues the copy of a tile, `args` without its target, and lets Stream::kCompute wait for it.
+  // Returns the tile: row b holds row b of the source (row 0 the one row of args.row), with the
+  // source's lengths.
+  KvView Load(CopyTileArgs args);
+  // The tile that was loaded last has been used.
+  void Free();
+
+  // A tile of no tokens, with the lengths of `source`: for calls that attend to nothing stored.
+  KvView Nothing(const KvView& source) const;
+
+ private:
+  struct Buffer {
+    Event ready;
+    Event free;
+    bool used = false;  // since Fork
+  };
+
+  KvView View(int buffer, int32_t rows) const;
+
+  Backend* backend_;
+  std::byte* memory_;
+  DType dtype_;
+  int32_t tokens_;
+  int32_t heads_;
+  int32_t head_dim_;
+  Event fork_;
+  std::array<Buffer, 2> buffers_;
+  int current_ = 0;
+};
+
+}  // namespace kvsweep
+
+#endif  // KVSWEEP_WORKER_STRATEGIES_TILE_RING_H_
