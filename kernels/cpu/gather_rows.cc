@@ -27,15 +27,14 @@ void CopySlot(const KvView& target, Place to, const KvView& source, Place from, 
 }
 
 absl::Status CheckGather(const GatherRowsArgs& args, int64_t row) {
-  const int64_t selected = args.selected[row];
-  if (selected > args.index_stride) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "row ", row, " selects ", selected, " tokens, but index has room for ", args.index_stride));
-  }
-  RETURN_IF_ERROR(CheckSlots("target", args.target, row, selected));
+  int64_t most = 0;
   int64_t end = 0;
   for (int32_t head = 0; head < args.kv_heads; ++head) {
-    const int32_t* const index = args.index + (row * args.kv_heads + head) * args.index_stride;
+    const int64_t pair = row * args.kv_heads + head;
+    const int64_t selected = args.selected[pair];
+    most = std::max(most, selected);
+    if (selected > args.index_stride) break;
+    const int32_t* const index = args.index + pair * args.index_stride;
     for (int64_t j = 0; j < selected; ++j) {
       if (index[j] < 0) {
         return absl::InvalidArgumentError(absl::StrCat("row ", row, " selects token ", index[j]));
@@ -43,6 +42,11 @@ absl::Status CheckGather(const GatherRowsArgs& args, int64_t row) {
       end = std::max<int64_t>(end, index[j] + 1);
     }
   }
+  if (most > args.index_stride) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "row ", row, " selects ", most, " tokens, but index has room for ", args.index_stride));
+  }
+  RETURN_IF_ERROR(CheckSlots("target", args.target, row, most));
   return CheckSlots("source", args.source, row, end);
 }
 
@@ -57,7 +61,7 @@ absl::Status Run(const GatherRowsArgs& args, Context& context) {
     const int64_t row = pair / args.kv_heads;
     if (!IsActive(args.row_active, row)) return;
     const int32_t* const index = args.index + pair * args.index_stride;
-    for (int64_t j = 0; j < args.selected[row]; ++j) {
+    for (int64_t j = 0; j < args.selected[pair]; ++j) {
       CopySlot(args.target, {row, j}, args.source, {row, index[j]}, pair % args.kv_heads,
                args.head_dim);
     }

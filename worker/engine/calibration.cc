@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/digest.h"
 #include "base/status_macros.h"
 #include "worker/engine/engine.h"
 #include "worker/strategies/attention_calls.h"
@@ -140,11 +141,13 @@ absl::StatusOr<std::shared_ptr<const Skewing>> CalibrateSkewing(Backend* backend
                                                    " tokens, needs at least ", config.head_dim,
                                                    " (a head's dimension); give a longer text"));
   }
-  std::vector<int32_t> key(ids.begin(), ids.begin() + tokens);
+  ids = ids.first(static_cast<size_t>(tokens));
+  const Digest key =
+      Sha256({reinterpret_cast<const char*>(ids.data()), ids.size() * sizeof(int32_t)});
   auto found = model->skewing_cache().find(key);
   if (found != model->skewing_cache().end()) return found->second;
-  ASSIGN_OR_RETURN(std::shared_ptr<const Skewing> skewing, RunCalibration(backend, model, key));
-  model->skewing_cache().emplace(std::move(key), skewing);
+  ASSIGN_OR_RETURN(std::shared_ptr<const Skewing> skewing, RunCalibration(backend, model, ids));
+  model->skewing_cache().emplace(key, skewing);
   return skewing;
 }
 

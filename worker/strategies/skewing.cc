@@ -2,6 +2,7 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 
 #include "base/check.h"
@@ -36,20 +37,42 @@ Matrix RightSingularVectors(const std::vector<Matrix>& queries, int32_t head_dim
   return vectors;
 }
 
-std::vector<int32_t> RankColumns(const std::vector<Matrix>& queries, const Matrix& keys,
-                                 const Matrix& skew) {
+// Appends what each column of the queries and keys of a head holds after `skew`.
+void AddEnergy(const std::vector<Matrix>& queries, const Matrix& keys, const Matrix& skew,
+               ColumnEnergy* energy) {
   Eigen::VectorXd query_energy = Eigen::VectorXd::Zero(skew.cols());
   for (const Matrix& query : queries) {
     query_energy += (query * skew).cwiseAbs().colwise().sum().transpose();
   }
   const Matrix skewed_keys = keys * skew;
   const Matrix centred = skewed_keys.rowwise() - skewed_keys.colwise().mean();
-  const Eigen::VectorXd energy =
-      query_energy.cwiseProduct(centred.cwiseAbs().colwise().sum().transpose());
-  std::vector<int32_t> order(static_cast<size_t>(skew.cols()));
+  const Eigen::VectorXd key_energy = centred.cwiseAbs().colwise().sum().transpose();
+  energy->query.insert(energy->query.end(), query_energy.begin(), query_energy.end());
+  energy->key.insert(energy->key.end(), key_energy.begin(), key_energy.end());
+}
+
+// The numbers of the `count` largest, the lower number first on ties; ascending.
+std::vector<int32_t> Largest(std::span<const double> values, int32_t count) {
+  std::vector<int32_t> order(values.size());
   std::iota(order.begin(), order.end(), 0);
-  std::ranges::stable_sort(order, [&](int32_t a, int32_t b) { return energy(a) > energy(b); });
+  std::ranges::stable_sort(order, [&](int32_t a, int32_t b) {
+    return values[static_cast<size_t>(a)] > values[static_cast<size_t>(b)];
+  });
+  order.resize(static_cast<size_t>(count));
+  std::ranges::sort(order);
   return order;
+}
+
+// What a column is worth by itself: product or query.
+std::vector<double> Worth(const ColumnEnergy& energy, Infinigen::ColumnScore score) {
+  std::vector<double> worth = energy.query;
+  if (score == Infinigen::COLUMN_SCORE_QUERY) return worth;
+  for (size_t i = 0; i < worth.size(); ++i) worth[i] *= energy.key[i];
+  return worth;
+}
+
+int32_t WholeColumns(double ratio, int32_t head_dim) {
+  return static_cast<int32_t>(ratio * head_dim + 1e-9);
 }
 
 }  // namespace
@@ -58,44 +81,112 @@ LayerSkewing ComputeSkewing(std::span<const float> queries, std::span<const floa
                             const SkewingSizes& sizes) {
   KVSWEEP_CHECK_GE(sizes.tokens, sizes.head_dim) << "fewer calibration rows than columns";
   const int32_t group = sizes.query_heads / sizes.kv_heads;
+  const Matrix identity = Matrix::Identity(sizes.head_dim, sizes.head_dim);
   LayerSkewing skewing;
   for (int32_t head = 0; head < sizes.kv_heads; ++head) {
     std::vector<Matrix> head_queries;
     for (int32_t member = 0; member < group; ++member) {
       head_queries.push_back(Head(queries, head * group + member, sizes.query_heads, sizes));
     }
+    const Matrix head_keys = Head(keys, head, sizes.kv_heads, sizes);
     const Matrix skew = RightSingularVectors(head_queries, sizes.head_dim);
     const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> rounded =
         skew.cast<float>();
     skewing.matrix.insert(skewing.matrix.end(), rounded.data(), rounded.data() + rounded.size());
-    const std::vector<int32_t> order =
-        RankColumns(head_queries, Head(keys, head, sizes.kv_heads, sizes), skew);
-    skewing.column_order.insert(skewing.column_order.end(), order.begin(), order.end());
+    AddEnergy(head_queries, head_keys, skew, &skewing.skewed);
+    AddEnergy(head_queries, head_keys, identity, &skewing.plain);
   }
   return skewing;
 }
 
-int32_t PartialDim(double ratio, int32_t head_dim) {
-  const auto columns = static_cast<int32_t>(ratio * head_dim + 1e-9);
+int32_t PartialDim(double ratio, int32_t head_dim, bool combined) {
+  const int32_t columns = (combined ? 2 : 1) * WholeColumns(ratio, head_dim);
   return std::min(head_dim, std::max(1, (columns + 7) / 8) * 8);
 }
 
-std::vector<float> KeptColumns(const LayerSkewing& skewing, int32_t kv_heads, int32_t head_dim,
-                               int32_t partial_dim, float scale) {
-  std::vector<float> kept;
-  kept.reserve(static_cast<size_t>(int64_t{kv_heads} * head_dim * partial_dim));
-  for (int32_t head = 0; head < kv_heads; ++head) {
-    const auto first = skewing.column_order.begin() + int64_t{head} * head_dim;
-    std::vector<int32_t> columns(first, first + partial_dim);
-    std::ranges::sort(columns);
-    for (int32_t row = 0; row < head_dim; ++row) {
-      const int64_t start = (int64_t{head} * head_dim + row) * head_dim;
-      for (int32_t column : columns) {
-        kept.push_back(scale * skewing.matrix[static_cast<size_t>(start + column)]);
+HeadColumns ChooseColumns(const ColumnEnergy& energy, Infinigen::ColumnScore score, double ratio,
+                          int32_t kv_heads, int32_t head_dim) {
+  const auto dim = static_cast<size_t>(head_dim);
+  const std::vector<double> worth = Worth(energy, score);
+  HeadColumns chosen;
+  for (size_t first = 0; first < static_cast<size_t>(kv_heads) * dim; first += dim) {
+    if (score != Infinigen::COLUMN_SCORE_UNION) {
+      chosen.push_back(Largest(std::span(worth).subspan(first, dim), PartialDim(ratio, head_dim)));
+      continue;
+    }
+    const int32_t each = std::max(1, WholeColumns(ratio, head_dim));
+    const std::vector<int32_t> by_query =
+        Largest(std::span(energy.query).subspan(first, dim), each);
+    const std::vector<int32_t> by_key = Largest(std::span(energy.key).subspan(first, dim), each);
+    chosen.emplace_back();
+    std::ranges::set_union(by_query, by_key, std::back_inserter(chosen.back()));
+  }
+  return chosen;
+}
+
+std::vector<int32_t> ChooseRotaryPairs(const ColumnEnergy& energy, Infinigen::ColumnScore score,
+                                       int32_t partial_dim, int32_t kv_heads, int32_t head_dim) {
+  const int32_t half = head_dim / 2;
+  const std::vector<double> worth = Worth(energy, score);
+  std::vector<double> pair_worth(static_cast<size_t>(half));
+  for (int32_t i = 0; i < kv_heads * head_dim; ++i) {
+    pair_worth[static_cast<size_t>(i % head_dim % half)] += worth[static_cast<size_t>(i)];
+  }
+  return Largest(pair_worth, partial_dim / 2);
+}
+
+HeadColumns PairColumns(const std::vector<int32_t>& pairs, int32_t kv_heads, int32_t head_dim) {
+  std::vector<int32_t> columns = pairs;
+  for (const int32_t pair : pairs) columns.push_back(pair + head_dim / 2);
+  return HeadColumns(static_cast<size_t>(kv_heads), columns);
+}
+
+std::vector<float> ThinMatrices(std::span<const float> matrix, const HeadColumns& columns,
+                                int32_t head_dim, int32_t partial_dim, float scale) {
+  std::vector<float> thin(columns.size() * static_cast<size_t>(head_dim * partial_dim));
+  size_t row = 0;
+  for (const std::vector<int32_t>& kept : columns) {
+    for (int32_t j = 0; j < head_dim; ++j, ++row) {
+      for (size_t i = 0; i < kept.size(); ++i) {
+        const auto column = static_cast<size_t>(kept[i]);
+        thin[row * static_cast<size_t>(partial_dim) + i] =
+            scale * (matrix.empty() ? static_cast<float>(kept[i] == j)
+                                    : matrix[row * static_cast<size_t>(head_dim) + column]);
       }
     }
   }
-  return kept;
+  return thin;
+}
+
+ProjectedWeights ThroughMatrices(std::span<const float> weight, std::span<const float> bias,
+                                 std::span<const float> matrix, int32_t heads, int32_t group,
+                                 int32_t head_dim, int32_t columns) {
+  const auto dim = static_cast<size_t>(head_dim);
+  const auto width = static_cast<size_t>(columns);
+  const size_t inner = weight.size() / (static_cast<size_t>(heads) * dim);  // D
+  ProjectedWeights projected{
+      .weight = std::vector<float>(static_cast<size_t>(heads) * width * inner),
+      .bias = std::vector<float>(static_cast<size_t>(heads) * width)};
+  std::vector<double> row(inner);
+  for (size_t head = 0; head < static_cast<size_t>(heads); ++head) {
+    const float* const through = matrix.data() + head / static_cast<size_t>(group) * dim * width;
+    for (size_t i = 0; i < width; ++i) {
+      std::ranges::fill(row, 0.0);
+      double shift = 0;
+      for (size_t j = 0; j < dim; ++j) {
+        const double factor = through[j * width + i];
+        if (factor == 0) continue;
+        const float* const source = weight.data() + (head * dim + j) * inner;
+        for (size_t k = 0; k < inner; ++k) row[k] += factor * source[k];
+        if (!bias.empty()) shift += factor * bias[head * dim + j];
+      }
+      const size_t target = head * width + i;
+      std::ranges::transform(row, projected.weight.begin() + static_cast<int64_t>(target * inner),
+                             [](double value) { return static_cast<float>(value); });
+      projected.bias[target] = static_cast<float>(shift);
+    }
+  }
+  return projected;
 }
 
 }  // namespace kvsweep
