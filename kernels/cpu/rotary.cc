@@ -7,12 +7,6 @@ namespace kvsweep::cpu {
 
 absl::Status Run(const RotaryArgs& args, Context& context) {
   const int half = args.head_dim / 2;
-  context.shared.Reset(Workspace::Padded<float>(half));
-  float* const frequency = context.shared.Take<float>(half);
-  for (int j = 0; j < half; ++j) {
-    frequency[j] =
-        1.0f / std::pow(args.theta, static_cast<float>(2 * j) / static_cast<float>(args.head_dim));
-  }
   context.ReserveWorkers(2 * Workspace::Padded<float>(half));
   // Sines and cosines weigh as much as several passes over the row.
   const int64_t work = int64_t{args.head_dim} * (args.heads + 16);
@@ -24,7 +18,7 @@ absl::Status Run(const RotaryArgs& args, Context& context) {
     const float position = static_cast<float>(args.position[row]);
     for (int j = 0; j < half; ++j) {
       // In f32, as the models' own code computes them.
-      const float angle = position * frequency[j];
+      const float angle = position * args.inverse_frequency[j];
       cosine[j] = std::cos(angle);
       sine[j] = std::sin(angle);
     }

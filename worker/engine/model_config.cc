@@ -1,6 +1,12 @@
 #include "worker/engine/model_config.h"
 
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numbers>
+
 #include "absl/strings/str_cat.h"
+#include "base/check.h"
 #include "base/file.h"
 #include "base/limits.h"
 #include "base/status_macros.h"
@@ -16,15 +22,26 @@ using nlohmann::json;
 // the readers below are plain lists of fields.
 class Fields {
  public:
-  Fields(const json& object, absl::string_view file_name)
-      : object_(object), file_name_(file_name) {}
+  // `where` begins the messages: the file, and inside it the object.
+  Fields(const json& object, std::string where) : object_(object), where_(std::move(where)) {}
 
   const absl::Status& status() const { return status_; }
+
+  // Begins the messages of the object that field `name` holds.
+  std::string Inside(const char* name) const { return absl::StrCat(where_, ": ", name); }
+
+  // The first error of a nested object is one of this object's.
+  void Adopt(const Fields& nested) { status_.Update(nested.status()); }
 
   // JSON null counts as absent, as it does in transformers.
   bool Has(const char* name) const {
     const auto field = object_.find(name);
     return field != object_.end() && !field->is_null();
+  }
+
+  bool IsNull(const char* name) const {
+    const auto field = object_.find(name);
+    return field != object_.end() && field->is_null();
   }
 
   int32_t GetInt(const char* name, std::optional<int32_t> fallback, int64_t minimum,
@@ -41,12 +58,15 @@ class Fields {
     return Refuse(name, range, static_cast<int32_t>(minimum));
   }
 
-  double GetPositive(const char* name, double fallback, double maximum) {
-    if (!Has(name)) return fallback;
+  double GetPositive(const char* name, std::optional<double> fallback, double maximum) {
+    if (!Has(name)) {
+      if (!fallback.has_value()) Fail(name, "is missing");
+      return fallback.value_or(maximum);
+    }
     const json& value = object_.at(name);
     const double number = value.is_number() ? value.get<double>() : 0.0;
     if (number > 0.0 && number <= maximum) return number;
-    return Refuse(name, absl::StrCat("must be a number above 0 and at most ", maximum), fallback);
+    return Refuse(name, absl::StrCat("must be a number above 0 and at most ", maximum), maximum);
   }
 
   bool GetBool(const char* name, bool fallback) {
@@ -92,7 +112,22 @@ class Fields {
   void Require(bool supported, const char* name, absl::string_view what) {
     if (supported || !status_.ok()) return;
     status_ = absl::UnimplementedError(
-        absl::StrCat(file_name_, ": ", name, " ", Text(name), " is not supported: ", what));
+        absl::StrCat(where_, ": ", name, " ", Text(name), " is not supported: ", what));
+  }
+
+  // Refuses the model when the first field is no multiple of the second; both are there.
+  void RequireMultiple(const char* name, const char* divisor) {
+    if (!status_.ok() ||
+        object_.at(name).get<int64_t>() % object_.at(divisor).get<int64_t>() == 0) {
+      return;
+    }
+    Fail(name, absl::StrCat(Text(name), " is not a multiple of ", divisor, " ", Text(divisor)));
+  }
+
+  // Refuses the model when the first field is not above the second; both are there.
+  void RequireAbove(const char* name, const char* other) {
+    if (!status_.ok() || object_.at(name).get<double>() > object_.at(other).get<double>()) return;
+    Fail(name, absl::StrCat(Text(name), " is not above ", other, " ", Text(other)));
   }
 
   void RequireAbsent(const char* name, absl::string_view what) { Require(!Has(name), name, what); }
@@ -116,11 +151,11 @@ class Fields {
 
   void Fail(const char* name, absl::string_view what) {
     if (!status_.ok()) return;
-    status_ = absl::InvalidArgumentError(absl::StrCat(file_name_, ": ", name, " ", what));
+    status_ = absl::InvalidArgumentError(absl::StrCat(where_, ": ", name, " ", what));
   }
 
   const json& object_;
-  const absl::string_view file_name_;
+  const std::string where_;
   absl::Status status_;
 };
 
@@ -139,6 +174,7 @@ void ReadDtype(Fields& fields, ModelConfig& config) {
 void ReadCommon(Fields& fields, ModelConfig& config) {
   config.hidden_size = fields.GetInt("hidden_size", std::nullopt, 1, limits::kHiddenSize);
   config.layers = fields.GetInt("num_hidden_layers", std::nullopt, 1, limits::kLayers);
+  config.embedding_size = config.hidden_size;
   config.query_heads = fields.GetInt("num_attention_heads", std::nullopt, 1, limits::kHeads);
   config.vocabulary = fields.GetInt("vocab_size", std::nullopt, 1, limits::kVocabulary);
   config.max_positions =
@@ -151,35 +187,77 @@ void ReadCommon(Fields& fields, ModelConfig& config) {
   fields.RequireAbsent("quantization_config", "weights must be plain float32, bfloat16 or float16");
 }
 
-// Rotary embeddings come as `rope_theta` and `rope_scaling`, or, from
-// transformers 5, together as `rope_parameters`.
-void ReadRope(Fields& fields, absl::string_view file_name, ModelConfig& config) {
-  constexpr absl::string_view kPlainOnly = "only plain rotary embeddings (rope_theta alone) are";
-  fields.RequireAbsent("rope_scaling", kPlainOnly);
-  config.rope_theta = fields.GetPositive("rope_theta", 10000.0, 1e12);
-  const json* parameters = fields.GetObject("rope_parameters");
-  if (parameters == nullptr) return;
-  Fields rope(*parameters, file_name);
-  const std::string type = rope.GetString("rope_type", "default");
-  fields.Require(type == "default", "rope_parameters", kPlainOnly);
-  config.rope_theta = rope.GetPositive("rope_theta", config.rope_theta, 1e12);
-  fields.Require(rope.status().ok(), "rope_parameters", kPlainOnly);
+// Scaling as `rope_scaling` holds it, or `rope_parameters` from transformers 5 on.
+void ReadRopeScaling(Fields& rope, ModelConfig& config) {
+  // "rope_type" was "type" once.
+  const char* name = rope.Has("rope_type") ? "rope_type" : "type";
+  const std::string type = rope.GetString(name, "default");
+  if (type == "default") return;
+  rope.Require(
+      type == "linear" || type == "llama3", name,
+      "default, linear and llama3 are; without it the model holds for its original context");
+  config.rope_scaling = type == "linear" ? RopeScaling::kLinear : RopeScaling::kLlama3;
+  config.rope_factor = rope.GetPositive("factor", std::nullopt, 1e6);
+  if (config.rope_scaling == RopeScaling::kLinear) return;
+  config.rope_low_frequency = rope.GetPositive("low_freq_factor", std::nullopt, 1e6);
+  config.rope_high_frequency = rope.GetPositive("high_freq_factor", std::nullopt, 1e6);
+  config.rope_original_positions =
+      rope.GetInt("original_max_position_embeddings", std::nullopt, 1, limits::kContextTokens);
+  rope.RequireAbove("high_freq_factor", "low_freq_factor");
 }
 
-void ReadLlama(Fields& fields, absl::string_view file_name, ModelConfig& config) {
+// Rotary embeddings come as `rope_theta` and `rope_scaling`, or, from transformers 5, together as
+// `rope_parameters`.
+void ReadRope(Fields& fields, ModelConfig& config) {
+  config.rope_theta = fields.GetPositive("rope_theta", 10000.0, 1e12);
+  for (const char* name : {"rope_scaling", "rope_parameters"}) {
+    const json* object = fields.GetObject(name);
+    if (object == nullptr) continue;
+    Fields rope(*object, fields.Inside(name));
+    config.rope_theta = rope.GetPositive("rope_theta", config.rope_theta, 1e12);
+    ReadRopeScaling(rope, config);
+    fields.Adopt(rope);
+  }
+}
+
+// What sets Llama and the models built like it apart, as far as a config says or assumes it.
+struct LlamaKind {
+  std::optional<int32_t> kv_heads;        // default; nullopt: as many as query heads
+  std::optional<int32_t> sliding_window;  // default
+  bool biases_are_settings = false;       // attention_bias and mlp_bias are read
+  bool window_is_switched = false;        // use_sliding_window, false unless set
+};
+
+void ReadSlidingWindow(Fields& fields, const LlamaKind& kind, ModelConfig& config) {
+  if (kind.window_is_switched && !fields.GetBool("use_sliding_window", false)) return;
+  // Null is "none" where absence is the default.
+  if (!fields.Has("sliding_window") && (fields.IsNull("sliding_window") || !kind.sliding_window)) {
+    return;
+  }
+  const int32_t window =
+      fields.GetInt("sliding_window", kind.sliding_window, 1, limits::kContextTokens);
+  if (window >= config.max_positions) return;
+  config.sliding_window = window;
+  config.max_positions = window;
+}
+
+void ReadLlama(Fields& fields, const LlamaKind& kind, ModelConfig& config) {
   config.ffn_size = fields.GetInt("intermediate_size", std::nullopt, 1, limits::kHiddenSize);
-  config.kv_heads = fields.GetInt("num_key_value_heads", config.query_heads, 1, limits::kHeads);
+  config.kv_heads = fields.GetInt("num_key_value_heads", kind.kv_heads.value_or(config.query_heads),
+                                  1, limits::kHeads);
+  if (!fields.Has("head_dim")) fields.RequireMultiple("hidden_size", "num_attention_heads");
   config.head_dim =
-      fields.GetInt("head_dim", config.hidden_size / config.query_heads, 0, limits::kHiddenSize);
+      fields.GetInt("head_dim", config.hidden_size / config.query_heads, 1, limits::kHiddenSize);
   config.norm_epsilon = fields.GetPositive("rms_norm_eps", 1e-6, 1.0);
-  ReadRope(fields, file_name, config);
-  const bool attention_bias = fields.GetBool("attention_bias", false);
-  config.qkv_bias = attention_bias;
-  config.attention_output_bias = attention_bias;
-  config.ffn_bias = fields.GetBool("mlp_bias", false);
-  fields.Require(fields.GetString("hidden_act", "silu") == "silu", "hidden_act",
-                 "Llama models use silu");
-  fields.RequireAbsent("sliding_window", "every layer must attend to the whole context");
+  ReadRope(fields, config);
+  if (kind.biases_are_settings) {
+    const bool attention_bias = fields.GetBool("attention_bias", false);
+    config.qkv_bias = attention_bias;
+    config.attention_output_bias = attention_bias;
+    config.ffn_bias = fields.GetBool("mlp_bias", false);
+  }
+  fields.Require(fields.GetString("hidden_act", "silu") == "silu", "hidden_act", "only silu is");
+  ReadSlidingWindow(fields, kind, config);
   fields.Require(fields.GetInt("pretraining_tp", 1, 1, INT32_MAX) == 1, "pretraining_tp",
                  "only 1 is");
   fields.Require(fields.GetPositive("partial_rotary_factor", 1.0, 1.0) == 1.0,
@@ -189,22 +267,41 @@ void ReadLlama(Fields& fields, absl::string_view file_name, ModelConfig& config)
 void ReadOpt(Fields& fields, ModelConfig& config) {
   config.ffn_size = fields.GetInt("ffn_dim", std::nullopt, 1, limits::kHiddenSize);
   config.kv_heads = config.query_heads;
+  fields.RequireMultiple("hidden_size", "num_attention_heads");
   config.head_dim = config.hidden_size / config.query_heads;
-  fields.Require(fields.GetInt("word_embed_proj_dim", config.hidden_size, 1, limits::kHiddenSize) ==
-                     config.hidden_size,
-                 "word_embed_proj_dim",
-                 "embeddings must be as wide as hidden_size (as in every OPT but 350m)");
-  fields.Require(fields.GetBool("do_layer_norm_before", true), "do_layer_norm_before",
-                 "LayerNorm must come before attention and FFN");
-  fields.Require(!fields.GetBool("_remove_final_layer_norm", false), "_remove_final_layer_norm",
-                 "the final LayerNorm is needed");
-  fields.Require(fields.GetBool("enable_bias", true), "enable_bias",
-                 "OPT layers need their biases");
+  config.embedding_size =
+      fields.GetInt("word_embed_proj_dim", config.hidden_size, 1, limits::kHiddenSize);
+  config.norm_before = fields.GetBool("do_layer_norm_before", true);
+  config.final_norm = config.norm_before && !fields.GetBool("_remove_final_layer_norm", false);
+  const bool biases = fields.GetBool("enable_bias", true);
+  config.qkv_bias = biases;
+  config.attention_output_bias = biases;
+  config.ffn_bias = biases;
   fields.Require(fields.GetBool("layer_norm_elementwise_affine", true),
                  "layer_norm_elementwise_affine", "LayerNorm needs its weight and bias");
   fields.Require(fields.GetString("activation_function", "relu") == "relu", "activation_function",
-                 "OPT models use relu");
+                 "only relu is");
 }
+
+// A model_type that is supported: the class that transformers computes it with, and its reader.
+struct Family {
+  absl::string_view model_type;
+  absl::string_view model_class;
+  Architecture architecture;
+  LlamaKind kind;  // of all but OPT
+};
+
+constexpr std::array<Family, 4> kFamilies = {
+    {{"llama", "LlamaForCausalLM", Architecture::kLlama, {.biases_are_settings = true}},
+     {"mistral",
+      "MistralForCausalLM",
+      Architecture::kLlama,
+      {.kv_heads = 8, .sliding_window = 4096}},
+     {"qwen2",
+      "Qwen2ForCausalLM",
+      Architecture::kLlama,
+      {.kv_heads = 32, .sliding_window = 4096, .window_is_switched = true}},
+     {"opt", "OPTForCausalLM", Architecture::kOpt, {}}}};
 
 absl::Status CheckSize(absl::string_view source, const char* name, int32_t value, int64_t maximum) {
   if (value >= 1 && value <= maximum) return absl::OkStatus();
@@ -255,22 +352,22 @@ absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view json_text,
   if (!object.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(file_name, " is not a JSON object"));
   }
-  Fields fields(object, file_name);
+  Fields fields(object, std::string(file_name));
   const std::string model_type = fields.GetString("model_type", "");
-  fields.Require(model_type == "llama" || model_type == "opt", "model_type",
-                 "\"llama\" (LlamaForCausalLM) and \"opt\" (OPTForCausalLM) "
-                 "are");
+  const auto family = std::ranges::find(kFamilies, model_type, &Family::model_type);
+  fields.Require(family != kFamilies.end(), "model_type", "llama, mistral, qwen2 and opt are");
   RETURN_IF_ERROR(fields.status());
 
-  ModelConfig config =
-      ArchitectureFeatures(model_type == "llama" ? Architecture::kLlama : Architecture::kOpt);
-  const std::string expected = model_type == "llama" ? "LlamaForCausalLM" : "OPTForCausalLM";
-  fields.Require(!fields.Has("architectures") || object["architectures"] == json::array({expected}),
+  ModelConfig config = ArchitectureFeatures(family->architecture);
+  fields.Require(!fields.Has("architectures") ||
+                     object["architectures"] == json::array({std::string(family->model_class)}),
                  "architectures",
-                 absl::StrCat("a model of type ", model_type, " must be ", expected));
+                 absl::StrCat("a model of type ", model_type, " must be ", family->model_class));
   ReadCommon(fields, config);
-  if (config.architecture == Architecture::kLlama) {
-    ReadLlama(fields, file_name, config);
+  if (family->architecture == Architecture::kLlama) {
+    // Its biases are no settings: the class has them.
+    config.qkv_bias = model_type == "qwen2";
+    ReadLlama(fields, family->kind, config);
   } else {
     ReadOpt(fields, config);
   }
@@ -293,17 +390,8 @@ absl::Status CheckModelConfig(const ModelConfig& config, absl::string_view sourc
   RETURN_IF_ERROR(CheckSize(source, "FFN size", config.ffn_size, limits::kHiddenSize));
   RETURN_IF_ERROR(CheckSize(source, "vocabulary", config.vocabulary, limits::kVocabulary));
   RETURN_IF_ERROR(CheckSize(source, "positions", config.max_positions, limits::kContextTokens));
-  if (config.hidden_size % config.query_heads != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(source, ": hidden_size ", config.hidden_size,
-                                                   " is not a multiple of num_attention_heads ",
-                                                   config.query_heads));
-  }
-  if (config.head_dim != config.hidden_size / config.query_heads) {
-    return absl::UnimplementedError(
-        absl::StrCat(source, ": head_dim ", config.head_dim,
-                     " is not supported: it must be hidden_size / num_attention_heads = ",
-                     config.hidden_size / config.query_heads));
-  }
+  RETURN_IF_ERROR(CheckSize(source, "head_dim", config.head_dim, limits::kHiddenSize));
+  RETURN_IF_ERROR(CheckSize(source, "embedding size", config.embedding_size, limits::kHiddenSize));
   if (config.query_heads % config.kv_heads != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat(source, ": num_attention_heads ", config.query_heads,
@@ -320,6 +408,32 @@ absl::Status CheckModelConfig(const ModelConfig& config, absl::string_view sourc
     RETURN_IF_ERROR(CheckTokenId(source, "eos_token_id", id, config.vocabulary));
   }
   return absl::OkStatus();
+}
+
+std::vector<float> InverseFrequencies(const ModelConfig& config) {
+  KVSWEEP_CHECK(config.positions == PositionKind::kRotary);
+  const auto factor = static_cast<float>(config.rope_factor);
+  const auto low = static_cast<float>(config.rope_low_frequency);
+  const auto high = static_cast<float>(config.rope_high_frequency);
+  const auto original = static_cast<float>(config.rope_original_positions);
+  std::vector<float> frequencies;
+  for (int32_t j = 0; j < config.head_dim / 2; ++j) {
+    float frequency =
+        1.0f / std::pow(static_cast<float>(config.rope_theta),
+                        static_cast<float>(2 * j) / static_cast<float>(config.head_dim));
+    if (config.rope_scaling == RopeScaling::kLinear) frequency /= factor;
+    if (config.rope_scaling == RopeScaling::kLlama3) {
+      const float wavelength = 2 * std::numbers::pi_v<float> / frequency;
+      if (wavelength > original / low) {
+        frequency /= factor;
+      } else if (wavelength >= original / high) {
+        const float smooth = (original / wavelength - low) / (high - low);
+        frequency = (1 - smooth) * frequency / factor + smooth * frequency;
+      }
+    }
+    frequencies.push_back(frequency);
+  }
+  return frequencies;
 }
 
 }  // namespace kvsweep

@@ -1,5 +1,6 @@
 #include "worker/engine/shape_catalogue.h"
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
@@ -11,6 +12,14 @@
 
 namespace kvsweep {
 namespace {
+
+// What a model has beside its family's features.
+enum class Extra {
+  kNone,
+  kLlama3Rope,           // frequencies scaled as in Llama 3.1
+  kQkvBias,              // as every Qwen2
+  kNarrowEmbeddings512,  // OPT-350M: projected embeddings, norms after, none at the end
+};
 
 struct Shape {
   absl::string_view name;
@@ -26,6 +35,7 @@ struct Shape {
   int32_t bos_id;
   int32_t eos_id;
   DType dtype;
+  Extra extra = Extra::kNone;
 };
 
 constexpr Architecture kLlama = Architecture::kLlama;
@@ -35,25 +45,52 @@ constexpr DType kBf16 = DType::kBf16;
 constexpr DType kF32 = DType::kF32;
 
 // clang-format off
-// From the config.json that each model was published with. The two tiny ones
-// are ours: small, but with grouped heads (Llama) and every bias (OPT).
-// Llama 3.1 was published with frequency-scaled rotary embeddings; these change
-// no size and no cost, so its shape stands here with the plain ones.
+// From the config.json that each model was published with (OPT-175B: from the paper, Zhang et al.
+// 2022, table 1). The two tiny ones are ours: small, but with grouped heads (Llama) and every bias
+// (OPT).
 constexpr std::array kShapes = {
     // name           family     D   L  Hq  Hk      F       V     max   theta     bos     eos  dtype
     Shape{"tiny-opt",     kOpt,     64,  4,  4,  4,   256,    512,    512,     0,      1,      2, kF32},
     Shape{"opt-125m",     kOpt,    768, 12, 12, 12,  3072,  50272,   2048,     0,      2,      2, kF16},
+    Shape{"opt-350m",     kOpt,   1024, 24, 16, 16,  4096,  50272,   2048,     0,      2,      2, kF16, Extra::kNarrowEmbeddings512},
     Shape{"opt-1.3b",     kOpt,   2048, 24, 32, 32,  8192,  50272,   2048,     0,      2,      2, kF16},
     Shape{"opt-2.7b",     kOpt,   2560, 32, 32, 32, 10240,  50272,   2048,     0,      2,      2, kF16},
     Shape{"opt-6.7b",     kOpt,   4096, 32, 32, 32, 16384,  50272,   2048,     0,      2,      2, kF16},
     Shape{"opt-13b",      kOpt,   5120, 40, 40, 40, 20480,  50272,   2048,     0,      2,      2, kF16},
     Shape{"opt-30b",      kOpt,   7168, 48, 56, 56, 28672,  50272,   2048,     0,      2,      2, kF16},
+    Shape{"opt-66b",      kOpt,   9216, 64, 72, 72, 36864,  50272,   2048,     0,      2,      2, kF16},
+    Shape{"opt-175b",     kOpt,  12288, 96, 96, 96, 49152,  50272,   2048,     0,      2,      2, kF16},
     Shape{"tiny-llama",   kLlama,   64,  4,  8,  4,   172,    512,    512, 10000,      1,      2, kF32},
     Shape{"llama-2-7b",   kLlama, 4096, 32, 32, 32, 11008,  32000,   4096, 10000,      1,      2, kF16},
     Shape{"llama-2-13b",  kLlama, 5120, 40, 40, 40, 13824,  32000,   4096, 10000,      1,      2, kF16},
-    Shape{"llama-3.1-8b", kLlama, 4096, 32, 32,  8, 14336, 128256, 131072, 5e5, 128000, 128001, kBf16},
+    Shape{"llama-2-70b",  kLlama, 8192, 80, 64,  8, 28672,  32000,   4096, 10000,      1,      2, kF16},
+    Shape{"llama-3.1-8b", kLlama, 4096, 32, 32,  8, 14336, 128256, 131072, 5e5, 128000, 128001, kBf16, Extra::kLlama3Rope},
+    Shape{"llama-3.1-70b", kLlama, 8192, 80, 64, 8, 28672, 128256, 131072, 5e5, 128000, 128001, kBf16, Extra::kLlama3Rope},
+    Shape{"qwen2.5-7b",   kLlama, 3584, 28, 28,  4, 18944, 152064, 131072, 1e6, 151643, 151643, kBf16, Extra::kQkvBias},
 };
 // clang-format on
+
+void AddExtra(Extra extra, ModelConfig* config) {
+  switch (extra) {
+    case Extra::kNone:
+      break;
+    case Extra::kLlama3Rope:
+      config->rope_scaling = RopeScaling::kLlama3;
+      config->rope_factor = 8;
+      config->rope_low_frequency = 1;
+      config->rope_high_frequency = 4;
+      config->rope_original_positions = 8192;
+      break;
+    case Extra::kQkvBias:
+      config->qkv_bias = true;
+      break;
+    case Extra::kNarrowEmbeddings512:
+      config->embedding_size = 512;
+      config->norm_before = false;
+      config->final_norm = false;
+      break;
+  }
+}
 
 ModelConfig ConfigOf(const Shape& shape) {
   ModelConfig config = ArchitectureFeatures(shape.architecture);
@@ -66,9 +103,11 @@ ModelConfig ConfigOf(const Shape& shape) {
   config.vocabulary = shape.vocabulary;
   config.max_positions = shape.max_positions;
   config.rope_theta = shape.rope_theta;
+  config.embedding_size = shape.hidden_size;
   config.dtype = shape.dtype;
   config.bos_id = shape.bos_id;
   config.eos_ids = {shape.eos_id};
+  AddExtra(shape.extra, &config);
   return config;
 }
 
@@ -84,6 +123,10 @@ absl::StatusOr<ModelConfig> FindShape(absl::string_view name) {
       absl::StrCat("unknown model shape \"", name, "\"; ",
                    nearest.has_value() ? absl::StrCat("did you mean \"", *nearest, "\"?")
                                        : absl::StrCat("known are ", absl::StrJoin(names, ", "))));
+}
+
+void ExtendPositions(int32_t tokens, ModelConfig* config) {
+  config->max_positions = std::max(config->max_positions, tokens);
 }
 
 std::vector<std::string> ShapeNames() {

@@ -16,6 +16,10 @@ namespace kvsweep {
 // NotFound, with the nearest name as a hint or else the list of all, when there is none.
 absl::StatusOr<ModelConfig> FindShape(absl::string_view name);
 
+// Makes room for sequences of `tokens` tokens: past the length that a model was published with, a
+// shape on random weights has as good positions as before it (a learned table gets more rows).
+void ExtendPositions(int32_t tokens, ModelConfig* config);
+
 // All names, in the catalogue's order: by family, then by size.
 std::vector<std::string> ShapeNames();
 

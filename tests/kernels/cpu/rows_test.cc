@@ -114,20 +114,22 @@ TEST(Rotary, TurnsHalvesByTheirFrequency) {
   constexpr int32_t kHeads = 3;
   constexpr int32_t kDim = 16;
   const std::vector<int32_t> position = {0, 1, 17, 4095};
+  // Any frequencies: the operation knows no formula for them.
+  const std::vector<float> frequency = {1, 0.31f, 0.1f, 0, 3.1e-2f, 5e-3f, 1e-3f, 7e-4f};
   const std::vector<float> in = RandomFloats(random, 4 * kHeads * kDim);
   const RotaryArgs args{.data = device.PutRows(in, 4, kHeads * kDim),
                         .position = device.Put(position),
+                        .inverse_frequency = device.Put(frequency),
                         .rows = 4,
                         .heads = kHeads,
-                        .head_dim = kDim,
-                        .theta = 10000.0f};
+                        .head_dim = kDim};
   device.backend.Rotary(args, Stream::kCompute);
   ASSERT_TRUE(device.backend.WaitAll().ok());
   const std::vector<float> out = Device::GetRows(args.data, 4, kHeads * kDim);
   for (int32_t r = 0; r < 4; ++r) {
     for (int32_t h = 0; h < kHeads; ++h) {
       for (int32_t j = 0; j < kDim / 2; ++j) {
-        const double angle = position[r] * std::pow(10000.0, -2.0 * j / kDim);
+        const double angle = double{frequency[j]} * position[r];
         const int64_t low = (r * kHeads + h) * kDim + j;
         const int64_t high = low + kDim / 2;
         const double tolerance = 8 * kEpsilon * (4 + angle);  // the angle itself is rounded to f32
