@@ -18,7 +18,7 @@ set(CMAKE_CXX_STANDARD_REQUIRED ON)
 set(CMAKE_CXX_EXTENSIONS OFF)
 set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 # Everywhere, since precompiled headers are shared among targets with and without threads.
-add_compile_options(-pthread)
+add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-pthread>)
 set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
 
 if(NOT CMAKE_BUILD_TYPE)

@@ -5,18 +5,42 @@
 #ifndef KVSWEEP_KERNELS_SHAPES_H_
 #define KVSWEEP_KERNELS_SHAPES_H_
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace kvsweep {
 
-enum class DType : uint8_t { kF32, kBf16, kF16 };
+// kFp8E4m3 stores keys and values alone (paged cache): 4 bits of exponent, 3 of mantissa, no
+// infinity, the largest number 448, with a scale of 1.
+enum class DType : uint8_t { kF32, kBf16, kF16, kFp8E4m3 };
 
 // Bytes of one element.
-constexpr int64_t DTypeBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+constexpr int64_t DTypeBytes(DType dtype) {
+  return dtype == DType::kF32 ? 4 : dtype == DType::kFp8E4m3 ? 1 : 2;
+}
 
-// "f32", "bf16", "f16".
+// "f32", "bf16", "f16", "fp8_e4m3".
 const char* DTypeName(DType dtype);
+
+// Elements of `dtype`, at any alignment, to and from f32: widening is exact, narrowing rounds to
+// nearest even (NaN stays NaN, what is too large becomes infinity, or 448 in kFp8E4m3).
+void ToFloats(const void* elements, DType dtype, std::span<float> out);
+void FromFloats(std::span<const float> values, DType dtype, void* out);
+
+// One number of kFp8E4m3, likewise.
+constexpr float WidenFp8E4m3(uint8_t byte) {
+  const uint32_t sign = uint32_t{byte & 0x80u} << 24;
+  const uint32_t exponent = (byte >> 3) & 0xfu;
+  const uint32_t mantissa = byte & 0x7u;
+  if (exponent == 0xf && mantissa == 0x7) return std::bit_cast<float>(sign | 0x7fc00000u);
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | (exponent + 127 - 7) << 23 | mantissa << 20);
+  const float magnitude = static_cast<float>(mantissa) * 0x1p-9f;
+  return sign != 0 ? -magnitude : magnitude;
+}
+uint8_t NarrowFp8E4m3(float value);
 
 // Device memory is read by kernels at full speed; host memory is pinned and reached over the link.
 enum class Tier : uint8_t { kDevice, kHost };

@@ -41,6 +41,8 @@ absl::string_view FormatName(DType type) {
       return "BF16";
     case DType::kF16:
       return "F16";
+    case DType::kFp8E4m3:
+      break;  // keys and values only, never weights
   }
   KVSWEEP_CHECK(false);
   return "";
@@ -232,28 +234,6 @@ absl::Status CheckAgainstIndex(const Tensors& tensors,
   return absl::OkStatus();
 }
 
-float WidenHalf(uint16_t half) {
-  const uint32_t sign = uint32_t{half & 0x8000u} << 16;
-  const uint32_t exponent = (half >> 10) & 0x1fu;
-  const uint32_t mantissa = half & 0x3ffu;
-  if (exponent == 0) {  // zero or subnormal: mantissa times 2^-24
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  // 31 is infinity or NaN in both formats; else move the bias from 15 to 127.
-  const uint32_t wide_exponent = exponent == 31 ? 255 : exponent + (127 - 15);
-  return std::bit_cast<float>(sign | wide_exponent << 23 | mantissa << 13);
-}
-
-template <typename Widen>
-void WidenWords(std::span<const uint8_t> bytes, std::span<float> out, Widen widen) {
-  for (size_t i = 0; i < out.size(); ++i) {
-    uint16_t word;
-    std::memcpy(&word, bytes.data() + i * sizeof(word), sizeof(word));
-    out[i] = widen(word);
-  }
-}
-
 }  // namespace
 
 std::string ShapeText(std::span<const int64_t> shape) {
@@ -262,18 +242,7 @@ std::string ShapeText(std::span<const int64_t> shape) {
 
 void WidenTensor(const TensorView& tensor, std::span<float> out) {
   KVSWEEP_CHECK(out.size() * DTypeBytes(tensor.type) == tensor.bytes.size());
-  switch (tensor.type) {
-    case DType::kF32:
-      std::memcpy(out.data(), tensor.bytes.data(), tensor.bytes.size());
-      break;
-    case DType::kBf16:
-      WidenWords(tensor.bytes, out,
-                 [](uint16_t word) { return std::bit_cast<float>(uint32_t{word} << 16); });
-      break;
-    case DType::kF16:
-      WidenWords(tensor.bytes, out, WidenHalf);
-      break;
-  }
+  ToFloats(tensor.bytes.data(), tensor.type, out);
 }
 
 absl::StatusOr<Tensors> ParseSafetensors(std::span<const uint8_t> bytes,

@@ -21,7 +21,8 @@
 namespace kvsweep {
 namespace {
 
-constexpr int64_t kAlignedFloats = 16;  // 64 bytes
+constexpr int64_t kAlignment = 256;         // bytes
+constexpr size_t kStagingFloats = 2 << 20;  // of a tensor at a time, on its way to the device
 constexpr float kRandomDeviation = 0.02f;
 
 enum class Fill { kNormal, kOne, kZero };  // how RandomWeights makes a tensor
@@ -31,38 +32,53 @@ struct Placement {
   std::string name;  // without the leading "model."
   std::vector<int64_t> shape;
   Fill fill = Fill::kNormal;
-  int64_t offset = 0;  // floats from the start of the storage
-  int64_t count = 0;
+  DType dtype = DType::kF32;  // in the storage
+  int64_t offset = 0;         // bytes from the start of the storage
+  int64_t count = 0;          // elements
 };
 
 // Walks over the tensors of a model, gives each its place and, once there is
-// storage, the spans over them. The walk below runs twice: first to learn the
+// storage, the pointers to them. The walk below runs twice: first to learn the
 // size, then with the allocation in hand, so the two cannot disagree.
 class Planner {
  public:
   // `storage` is nullptr in the first walk.
-  explicit Planner(const float* storage) : storage_(storage) {}
+  Planner(std::byte* storage, DType matrix_dtype)
+      : storage_(storage), matrix_dtype_(matrix_dtype) {}
 
-  // Places tensors that form one matrix or vector, one after the other.
-  std::span<const float> Place(std::vector<Placement> parts) {
-    end_ = (end_ + kAlignedFloats - 1) / kAlignedFloats * kAlignedFloats;
-    const int64_t begin = end_;
-    for (Placement& part : parts) {
-      part.count = 1;
-      for (const int64_t dimension : part.shape) part.count *= dimension;
-      part.offset = end_;
-      end_ += part.count;
-      placements_.push_back(std::move(part));
-    }
-    if (storage_ == nullptr) return {};
-    return {storage_ + begin, static_cast<size_t>(end_ - begin)};
+  // Places matrices of the same width, one below the other.
+  MatrixWeights Matrix(std::vector<Placement> parts) {
+    MatrixWeights matrix{.columns = parts[0].shape[1]};
+    for (const Placement& part : parts) matrix.rows += part.shape[0];
+    matrix.data = Place(std::move(parts), matrix_dtype_);
+    return matrix;
+  }
+
+  // Places vectors, one behind the other.
+  const float* Vector(std::vector<Placement> parts) {
+    return reinterpret_cast<const float*>(Place(std::move(parts), DType::kF32));
   }
 
   int64_t end() const { return end_; }
   const std::vector<Placement>& placements() const { return placements_; }
 
  private:
-  const float* const storage_;
+  const std::byte* Place(std::vector<Placement> parts, DType dtype) {
+    end_ = (end_ + kAlignment - 1) / kAlignment * kAlignment;
+    const int64_t begin = end_;
+    for (Placement& part : parts) {
+      part.count = 1;
+      for (const int64_t dimension : part.shape) part.count *= dimension;
+      part.dtype = dtype;
+      part.offset = end_;
+      end_ += part.count * DTypeBytes(dtype);
+      placements_.push_back(std::move(part));
+    }
+    return storage_ == nullptr ? nullptr : storage_ + begin;
+  }
+
+  std::byte* const storage_;
+  const DType matrix_dtype_;
   int64_t end_ = 0;
   std::vector<Placement> placements_;
 };
@@ -83,19 +99,19 @@ LinearWeights PlaceLinear(Planner& planner, const std::vector<Projection>& proje
     biases.push_back({.name = absl::StrCat(name, ".bias"), .shape = {rows}});
   }
   LinearWeights linear;
-  linear.weight = planner.Place(std::move(weights));
-  if (bias) linear.bias = planner.Place(std::move(biases));
+  linear.weight = planner.Matrix(std::move(weights));
+  if (bias) linear.bias = planner.Vector(std::move(biases));
   return linear;
 }
 
 NormWeights PlaceNorm(Planner& planner, const ModelConfig& config, absl::string_view name) {
   NormWeights norm;
-  norm.weight = planner.Place(
+  norm.weight = planner.Vector(
       {{.name = absl::StrCat(name, ".weight"), .shape = {config.hidden_size}, .fill = Fill::kOne}});
   if (config.norm == NormKind::kLayer) {
-    norm.bias = planner.Place({{.name = absl::StrCat(name, ".bias"),
-                                .shape = {config.hidden_size},
-                                .fill = Fill::kZero}});
+    norm.bias = planner.Vector({{.name = absl::StrCat(name, ".bias"),
+                                 .shape = {config.hidden_size},
+                                 .fill = Fill::kZero}});
   }
   return norm;
 }
@@ -165,50 +181,79 @@ LayerWeights PlaceLayer(Planner& planner, const ModelConfig& config, const Tenso
 ModelWeights PlaceModel(Planner& planner, const ModelConfig& config) {
   const TensorNames names = NamesOf(config.architecture);
   const int64_t width = config.hidden_size;
+  const int64_t embedding = config.embedding_size;
+  const auto projection = [&](absl::string_view name, int64_t rows, int64_t columns) {
+    return PlaceLinear(planner, {{absl::StrCat(names.body, name), rows}}, columns, false);
+  };
   ModelWeights weights;
-  weights.token_embedding = planner.Place({{.name = absl::StrCat(names.body, "embed_tokens.weight"),
-                                            .shape = {config.vocabulary, width}}});
+  weights.token_embedding =
+      planner.Matrix({{.name = absl::StrCat(names.body, "embed_tokens.weight"),
+                       .shape = {config.vocabulary, embedding}}});
   if (config.positions == PositionKind::kLearned) {
     weights.position_embedding =
-        planner.Place({{.name = absl::StrCat(names.body, "embed_positions.weight"),
-                        .shape = {config.max_positions + config.position_offset, width}}});
+        planner.Matrix({{.name = absl::StrCat(names.body, "embed_positions.weight"),
+                         .shape = {config.max_positions + config.position_offset, width}}});
   }
+  if (config.projects_embeddings()) weights.project_in = projection("project_in", width, embedding);
   for (int32_t index = 0; index < config.layers; ++index) {
     weights.layers.push_back(PlaceLayer(planner, config, names, index));
   }
-  weights.final_norm = PlaceNorm(planner, config, absl::StrCat(names.body, names.final_norm));
+  if (config.final_norm) {
+    weights.final_norm = PlaceNorm(planner, config, absl::StrCat(names.body, names.final_norm));
+  }
+  if (config.projects_embeddings()) {
+    weights.project_out = projection("project_out", embedding, width);
+  }
   weights.output =
       config.tie_embeddings
           ? weights.token_embedding
-          : planner.Place({{.name = "lm_head.weight", .shape = {config.vocabulary, width}}});
+          : planner.Matrix({{.name = "lm_head.weight", .shape = {config.vocabulary, embedding}}});
   return weights;
 }
 
 // Weights with their storage allocated, and what has to be put into it.
 struct Allocated {
   ModelWeights weights;
-  std::span<float> storage;
   std::vector<Placement> placements;
 };
 
-absl::StatusOr<Allocated> Allocate(const ModelConfig& config, const FloatAllocator& allocate) {
-  const size_t count = WeightFloats(config);
-  float* const storage = allocate(count);
-  if (storage == nullptr) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("no memory for weights of ", count * sizeof(float), " bytes"));
-  }
-  KVSWEEP_CHECK(reinterpret_cast<uintptr_t>(storage) % (kAlignedFloats * sizeof(float)) == 0);
-  Planner planner(storage);
-  Allocated result{.weights = PlaceModel(planner, config),
-                   .storage = {storage, count},
-                   .placements = planner.placements()};
-  result.weights.storage = result.storage;
-  // The gaps between tensors are defined, so that the storage can be copied and
-  // digested as a whole.
-  std::fill(result.storage.begin(), result.storage.end(), 0.0f);
+absl::StatusOr<Allocated> Allocate(const ModelConfig& config, Backend* backend) {
+  const DType dtype = backend->info().weight_dtype;
+  const uint64_t bytes = WeightBytes(config, dtype);
+  ASSIGN_OR_RETURN(std::byte * memory,
+                   Annotate(backend->Allocate(Tier::kDevice, bytes), "weights"));
+  Planner planner(memory, dtype);
+  Allocated result;
+  result.weights = PlaceModel(planner, config);
+  result.placements = planner.placements();
+  result.weights.storage = BackendMemory(memory, BackendFree{backend});
+  result.weights.storage_bytes = bytes;
   return result;
 }
+
+// The way of f32 values to the device: pinned memory that is filled and sent piece by piece.
+class Staging {
+ public:
+  static absl::StatusOr<Staging> Create(Backend* backend) {
+    ASSIGN_OR_RETURN(std::byte * memory,
+                     Annotate(backend->Allocate(Tier::kHost, kStagingFloats * sizeof(float)),
+                              "staging of weights"));
+    return Staging(backend, BackendMemory(memory, BackendFree{backend}));
+  }
+
+  // Stores `values` (at most kStagingFloats) as `dtype` at `target`, and waits for it.
+  absl::Status Send(std::span<const float> values, DType dtype, std::byte* target) {
+    FromFloats(values, dtype, memory_.get());
+    backend_->Copy(target, memory_.get(), values.size() * static_cast<size_t>(DTypeBytes(dtype)),
+                   Stream::kCompute);
+    return backend_->WaitAll();
+  }
+
+ private:
+  Staging(Backend* backend, BackendMemory memory) : backend_(backend), memory_(std::move(memory)) {}
+  Backend* backend_;
+  BackendMemory memory_;
+};
 
 // The tensors of a checkpoint, by their name without the leading "model.".
 using Checkpointed = std::map<absl::string_view, const TensorView*>;
@@ -225,8 +270,19 @@ absl::StatusOr<Checkpointed> StripNames(const Checkpoint& checkpoint) {
   return stripped;
 }
 
+absl::Status CheckFinite(std::span<const float> values, size_t first, const TensorView& tensor,
+                         const Placement& placement) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (std::isfinite(values[i])) continue;
+    return absl::DataLossError(absl::StrCat(tensor.file, ": tensor ", placement.name, " holds ",
+                                            std::isnan(values[i]) ? "NaN" : "infinity",
+                                            " at element ", first + i));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status LoadTensor(const Placement& placement, const Checkpointed& checkpoint,
-                        const std::string& folder, std::span<float> storage) {
+                        const std::string& folder, std::byte* storage, Staging* staging) {
   const auto found = checkpoint.find(placement.name);
   if (found == checkpoint.end()) {
     return absl::InvalidArgumentError(absl::StrCat(folder, ": tensor ", placement.name,
@@ -239,13 +295,16 @@ absl::Status LoadTensor(const Placement& placement, const Checkpointed& checkpoi
         tensor.file, ": tensor ", placement.name, " has shape ", ShapeText(tensor.shape),
         "; config.json asks for ", ShapeText(placement.shape)));
   }
-  const std::span<float> values = storage.subspan(placement.offset, placement.count);
-  WidenTensor(tensor, values);
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (std::isfinite(values[i])) continue;
-    return absl::DataLossError(absl::StrCat(tensor.file, ": tensor ", placement.name, " holds ",
-                                            std::isnan(values[i]) ? "NaN" : "infinity",
-                                            " at element ", i));
+  const auto count = static_cast<size_t>(placement.count);
+  std::vector<float> values(std::min(count, kStagingFloats));
+  for (size_t first = 0; first < count; first += values.size()) {
+    values.resize(std::min(values.size(), count - first));
+    ToFloats(tensor.bytes.data() + first * static_cast<size_t>(DTypeBytes(tensor.type)),
+             tensor.type, values);
+    RETURN_IF_ERROR(CheckFinite(values, first, tensor, placement));
+    RETURN_IF_ERROR(staging->Send(
+        values, placement.dtype,
+        storage + placement.offset + static_cast<int64_t>(first) * DTypeBytes(placement.dtype)));
   }
   return absl::OkStatus();
 }
@@ -290,14 +349,14 @@ bool BelongsToModel(absl::string_view name) {
 
 }  // namespace
 
-size_t WeightFloats(const ModelConfig& config) {
-  Planner planner(nullptr);
+uint64_t WeightBytes(const ModelConfig& config, DType weight_dtype) {
+  Planner planner(nullptr, weight_dtype);
   PlaceModel(planner, config);
-  return static_cast<size_t>(planner.end());
+  return static_cast<uint64_t>(planner.end());
 }
 
 int64_t ParameterCount(const ModelConfig& config) {
-  Planner planner(nullptr);
+  Planner planner(nullptr, DType::kF32);
   PlaceModel(planner, config);
   int64_t parameters = 0;
   for (const Placement& placement : planner.placements()) {
@@ -307,32 +366,39 @@ int64_t ParameterCount(const ModelConfig& config) {
 }
 
 absl::StatusOr<ModelWeights> LoadWeights(const std::string& folder, const ModelConfig& config,
-                                         const FloatAllocator& allocate) {
+                                         Backend* backend) {
   ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(folder));
   ASSIGN_OR_RETURN(const Checkpointed tensors, StripNames(checkpoint));
-  ASSIGN_OR_RETURN(Allocated model, Allocate(config, allocate));
+  ASSIGN_OR_RETURN(Allocated model, Allocate(config, backend));
+  ASSIGN_OR_RETURN(Staging staging, Staging::Create(backend));
   for (const Placement& placement : model.placements) {
-    RETURN_IF_ERROR(LoadTensor(placement, tensors, folder, model.storage));
+    RETURN_IF_ERROR(LoadTensor(placement, tensors, folder, model.weights.storage.get(), &staging));
   }
   RETURN_IF_ERROR(CheckNothingLeft(model.placements, tensors, config));
   return std::move(model.weights);
 }
 
 absl::StatusOr<ModelWeights> RandomWeights(const ModelConfig& config, uint64_t seed,
-                                           const FloatAllocator& allocate) {
-  ASSIGN_OR_RETURN(Allocated model, Allocate(config, allocate));
+                                           Backend* backend) {
+  ASSIGN_OR_RETURN(Allocated model, Allocate(config, backend));
+  ASSIGN_OR_RETURN(Staging staging, Staging::Create(backend));
   for (size_t index = 0; index < model.placements.size(); ++index) {
     const Placement& placement = model.placements[index];
-    const std::span<float> values = model.storage.subspan(placement.offset, placement.count);
+    std::byte* const target = model.weights.storage.get() + placement.offset;
     if (placement.fill == Fill::kNormal) {
-      Random random(MixSeed(seed, index));
-      for (float& value : values) {
-        value = static_cast<float>(kRandomDeviation * random.Normal());
-      }
+      backend->FillNormal({.out = target,
+                           .dtype = placement.dtype,
+                           .count = placement.count,
+                           .seed = MixSeed(seed, index),
+                           .deviation = kRandomDeviation},
+                          Stream::kCompute);
     } else {
-      std::ranges::fill(values, placement.fill == Fill::kOne ? 1.0f : 0.0f);
+      const std::vector<float> values(static_cast<size_t>(placement.count),
+                                      placement.fill == Fill::kOne ? 1.0f : 0.0f);
+      RETURN_IF_ERROR(staging.Send(values, placement.dtype, target));
     }
   }
+  RETURN_IF_ERROR(backend->WaitAll());
   return std::move(model.weights);
 }
 

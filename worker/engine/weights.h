@@ -1,9 +1,10 @@
-// The weights of a model, by role, as f32.
+// The weights of a model, by role, on a backend's device: matrices in the backend's weight type,
+// norms and biases as f32.
 //
 // One contiguous allocation holds all of them. Matrices keep the layout of the
 // checkpoints, [out, in], so a product is x · Wᵀ. What is always multiplied by
 // the same input lies together as one matrix: Q, K and V, and gate and up.
-// Every tensor (fused ones as a whole) starts on a boundary of 64 bytes.
+// Every tensor (fused ones as a whole) starts on a boundary of 256 bytes.
 //
 // Which tensors there are, their shapes and where each goes is a plan made from
 // the ModelConfig alone; loading from a folder and drawing at random are two
@@ -13,54 +14,67 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <span>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "base/digest.h"
+#include "kernels/backend.h"
 #include "worker/engine/model_config.h"
 
 namespace kvsweep {
 
-// A scale and a shift [D]; the shift is empty for NormKind::kRms.
-struct NormWeights {
-  std::span<const float> weight;  // [D]
-  std::span<const float> bias;    // [D] or empty
+// A matrix of the backend's weight type, row after row.
+struct MatrixWeights {
+  const void* data = nullptr;
+  int64_t rows = 0;
+  int64_t columns = 0;
 };
 
-// A linear map y = W x + b; the bias is empty where the model has none.
+// A scale and a shift [D]; the shift is nullptr for NormKind::kRms.
+struct NormWeights {
+  const float* weight = nullptr;  // [D]
+  const float* bias = nullptr;    // [D] or nullptr
+};
+
+// A linear map y = W x + b; the bias is nullptr where the model has none.
 struct LinearWeights {
-  std::span<const float> weight;  // [out, in]
-  std::span<const float> bias;    // [out] or empty
+  MatrixWeights weight;         // [out, in]
+  const float* bias = nullptr;  // [out] or nullptr
 };
 
 struct LayerWeights {
-  NormWeights attention_norm;      // before attention
+  NormWeights attention_norm;      // before attention, or after it (ModelConfig::norm_before)
   LinearWeights qkv;               // [(Hq + 2 Hk) d, D]: all Q, all K, all V
   LinearWeights attention_output;  // [D, Hq d]
-  NormWeights ffn_norm;            // before the FFN
+  NormWeights ffn_norm;            // likewise of the FFN
   LinearWeights ffn_in;            // [2F, D]: gate, then up; [F, D] if not gated
   LinearWeights ffn_out;           // [D, F]
 };
 
-struct ModelWeights {
-  std::span<const float> token_embedding;     // [V, D]
-  std::span<const float> position_embedding;  // [max + offset, D] or empty
-  std::vector<LayerWeights> layers;           // [L]
-  NormWeights final_norm;
-  std::span<const float> output;  // [V, D]; the embedding itself when tied
+// Gives memory back to the backend that it came from.
+struct BackendFree {
+  Backend* backend = nullptr;
+  void operator()(std::byte* memory) const { backend->Free(memory); }
+};
+using BackendMemory = std::unique_ptr<std::byte, BackendFree>;
 
-  std::span<const float> storage;  // all of the above, with its padding
+struct ModelWeights {
+  MatrixWeights token_embedding;     // [V, E]
+  MatrixWeights position_embedding;  // [max + offset, D]; data nullptr: none
+  LinearWeights project_in;          // [D, E]; data nullptr where E = D
+  std::vector<LayerWeights> layers;  // [L]
+  NormWeights final_norm;            // weight nullptr where the model has none
+  LinearWeights project_out;         // [E, D]; data nullptr where E = D
+  MatrixWeights output;              // [V, E]; the embedding itself when tied
+
+  BackendMemory storage;  // all of the above, its gaps zero
+  uint64_t storage_bytes = 0;
 };
 
-// Hands out `count` floats aligned to 64 bytes that outlive the weights, or
-// nullptr when they cannot be had. Called once per model.
-using FloatAllocator = std::function<float*(size_t count)>;
-
-// How many floats the allocator will be asked for.
-size_t WeightFloats(const ModelConfig& config);
+// Device bytes of a model whose matrices are of that type.
+uint64_t WeightBytes(const ModelConfig& config, DType weight_dtype);
 
 // Parameters of the model, a tied matrix counted once, padding not at all.
 int64_t ParameterCount(const ModelConfig& config);
@@ -70,15 +84,17 @@ int64_t ParameterCount(const ModelConfig& config);
 // missing, superfluous, of another shape, or not finite is an error naming the
 // tensor, its file, what was expected and what was found. A tied model may
 // store its output matrix once more if it is the same. ResourceExhausted when
-// the allocator returns nullptr. Takes one pass over the data.
+// the weights do not fit. Takes one pass over the data, through a pinned buffer
+// of a few MiB whatever the size of the model.
 absl::StatusOr<ModelWeights> LoadWeights(const std::string& folder, const ModelConfig& config,
-                                         const FloatAllocator& allocate);
+                                         Backend* backend);
 
 // Weights for a shape without a checkpoint: matrices and biases normal with
 // standard deviation 0.02, norms one (their shifts zero), each tensor from a
-// stream of its own, so that the same seed gives the same tensors.
+// stream of its own, so that the same seed gives the same tensors on every
+// backend, up to the rounding of its weight type.
 absl::StatusOr<ModelWeights> RandomWeights(const ModelConfig& config, uint64_t seed,
-                                           const FloatAllocator& allocate);
+                                           Backend* backend);
 
 // The digest of what makes up a model: names and contents, in order of name, of
 // config.json, the safetensors files with their index, and the tokenizer's

@@ -14,6 +14,9 @@
 #include "base/check.h"
 #include "base/random.h"
 #include "kernels/cpu/cpu_backend.h"
+#ifdef KVSWEEP_TEST_ON_CUDA
+#include "kernels/cuda/cuda_backend.h"
+#endif
 #include "proto/experiment.pb.h"
 #include "worker/engine/batcher.h"
 #include "worker/engine/engine.h"
@@ -32,6 +35,7 @@ inline Arm H2oArm(double heavy_ratio, double recent_ratio) {
   arm.set_strategy("h2o");
   arm.mutable_h2o()->set_heavy_ratio(heavy_ratio);
   arm.mutable_h2o()->set_recent_ratio(recent_ratio);
+  arm.mutable_h2o()->set_preemption(H2o::PREEMPTION_NONE);
   return arm;
 }
 
@@ -53,6 +57,7 @@ inline Arm InfinigenArm(const InfinigenSettings& settings) {
   infinigen.set_n_full_layers(settings.n_full_layers);
   infinigen.set_prefetch(settings.prefetch);
   infinigen.set_calibration_tokens(256);
+  infinigen.set_capacity(1);
   return arm;
 }
 
@@ -61,8 +66,17 @@ inline Arm AmpleInfinigenArm() {
   return InfinigenArm({.alpha = std::numeric_limits<double>::infinity(), .max_kv_ratio = 1});
 }
 
+// The backend under test: this program's.
 inline std::unique_ptr<Backend> MakeBackend(const CpuBackendOptions& options = {.threads = 2}) {
+#ifdef KVSWEEP_TEST_ON_CUDA
+  absl::StatusOr<std::unique_ptr<Backend>> backend =
+      CreateCudaBackend({.dtype = DType::kF32,
+                         .batch_invariant = options.batch_invariant,
+                         .device_memory_bytes = options.device_memory_bytes,
+                         .host_memory_bytes = options.host_memory_bytes});
+#else
   absl::StatusOr<std::unique_ptr<Backend>> backend = CreateCpuBackend(options);
+#endif
   KVSWEEP_CHECK_OK(backend);
   return *std::move(backend);
 }

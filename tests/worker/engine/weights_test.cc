@@ -9,6 +9,8 @@
 #include <string>
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "tests/worker/engine/model_folder.h"
 #include "worker/engine/safetensors.h"
 #include "worker/engine/shape_catalogue.h"
@@ -16,26 +18,15 @@
 namespace kvsweep {
 namespace {
 
-// An allocator for one model that keeps its memory as long as it lives.
-class Memory {
- public:
-  FloatAllocator allocator() {
-    return [this](size_t count) {
-      const size_t bytes = (count * sizeof(float) + 63) / 64 * 64;
-      storage_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-      count_ = count;
-      return storage_.get();
-    };
-  }
-  size_t count() const { return count_; }
+// The CPU backend, whose device memory a test can read.
+std::unique_ptr<Backend> NewBackend(uint64_t device_bytes = 0) {
+  return CreateCpuBackend({.threads = 1, .device_memory_bytes = device_bytes}).value();
+}
 
- private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<float, Free> storage_;
-  size_t count_ = 0;
-};
+std::span<const float> Values(const MatrixWeights& matrix) {
+  return {static_cast<const float*>(matrix.data),
+          static_cast<size_t>(matrix.rows * matrix.columns)};
+}
 
 // A tensor of the checkpoint, widened.
 std::vector<float> Widened(const Checkpoint& checkpoint, const std::string& name) {
@@ -47,29 +38,37 @@ std::vector<float> Widened(const Checkpoint& checkpoint, const std::string& name
 }
 
 // The tensors of the checkpoint one after the other: what a fused matrix must hold.
-void ExpectHolds(std::span<const float> fused, const Checkpoint& checkpoint,
+void ExpectHolds(const float* fused, const Checkpoint& checkpoint,
                  const std::vector<std::string>& names) {
   std::vector<float> expected;
   for (const std::string& name : names) {
     const std::vector<float> part = Widened(checkpoint, name);
     expected.insert(expected.end(), part.begin(), part.end());
   }
-  EXPECT_TRUE(std::ranges::equal(fused, expected)) << names[0];
+  EXPECT_TRUE(std::equal(expected.begin(), expected.end(), fused)) << names[0];
+}
+void ExpectHolds(const MatrixWeights& fused, const Checkpoint& checkpoint,
+                 const std::vector<std::string>& names) {
+  const TensorView* first = checkpoint.Find(names[0]);
+  EXPECT_EQ(fused.columns, first->shape[1]) << names[0];
+  ExpectHolds(static_cast<const float*>(fused.data), checkpoint, names);
 }
 
 TEST(WeightsTest, PlacesEveryTensorOfTheLlama) {
   const std::string folder = "experiments/models/books-llama-14m";
   const auto config = LoadModelConfig(folder);
   ASSERT_TRUE(config.ok()) << config.status();
-  Memory memory;
-  const auto weights = LoadWeights(folder, *config, memory.allocator());
+  const std::unique_ptr<Backend> backend = NewBackend();
+  const auto weights = LoadWeights(folder, *config, backend.get());
   ASSERT_TRUE(weights.ok()) << weights.status();
   const auto checkpoint = Checkpoint::Open(folder);
-  ASSERT_EQ(memory.count(), WeightFloats(*config));
+  EXPECT_EQ(weights->storage_bytes, WeightBytes(*config, DType::kF32));
+  EXPECT_EQ(backend->allocated_bytes(Tier::kDevice), weights->storage_bytes);
+  EXPECT_EQ(backend->allocated_bytes(Tier::kHost), 0u);
   EXPECT_EQ(ParameterCount(*config), 28324608 / 2);  // total_size of the index, in bf16
   ExpectHolds(weights->token_embedding, *checkpoint, {"model.embed_tokens.weight"});
-  EXPECT_EQ(weights->output.data(), weights->token_embedding.data());
-  EXPECT_TRUE(weights->position_embedding.empty());
+  EXPECT_EQ(weights->output.data, weights->token_embedding.data);
+  EXPECT_EQ(weights->position_embedding.data, nullptr);
   ASSERT_EQ(weights->layers.size(), 8u);
   for (int i = 0; i < 8; ++i) {
     const LayerWeights& layer = weights->layers[i];
@@ -78,14 +77,14 @@ TEST(WeightsTest, PlacesEveryTensorOfTheLlama) {
     ExpectHolds(
         layer.qkv.weight, *checkpoint,
         {attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"});
-    EXPECT_TRUE(layer.qkv.bias.empty());
+    EXPECT_EQ(layer.qkv.bias, nullptr);
     ExpectHolds(layer.attention_output.weight, *checkpoint, {attention + "o_proj.weight"});
     ExpectHolds(layer.ffn_in.weight, *checkpoint,
                 {prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"});
     ExpectHolds(layer.ffn_out.weight, *checkpoint, {prefix + "mlp.down_proj.weight"});
     ExpectHolds(layer.attention_norm.weight, *checkpoint, {prefix + "input_layernorm.weight"});
     ExpectHolds(layer.ffn_norm.weight, *checkpoint, {prefix + "post_attention_layernorm.weight"});
-    EXPECT_EQ(reinterpret_cast<uintptr_t>(layer.qkv.weight.data()) % 64, 0u);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(layer.qkv.weight.data) % 256, 0u);
   }
   ExpectHolds(weights->final_norm.weight, *checkpoint, {"model.norm.weight"});
 }
@@ -94,14 +93,14 @@ TEST(WeightsTest, PlacesEveryTensorOfTheOpt) {
   const std::string folder = "experiments/models/books-opt-16m";
   const auto config = LoadModelConfig(folder);
   ASSERT_TRUE(config.ok()) << config.status();
-  Memory memory;
-  const auto weights = LoadWeights(folder, *config, memory.allocator());
+  const std::unique_ptr<Backend> backend = NewBackend();
+  const auto weights = LoadWeights(folder, *config, backend.get());
   ASSERT_TRUE(weights.ok()) << weights.status();
   const auto checkpoint = Checkpoint::Open(folder);
   EXPECT_EQ(ParameterCount(*config), 33113088 / 2);
   const std::string decoder = "model.decoder.";
   ExpectHolds(weights->position_embedding, *checkpoint, {decoder + "embed_positions.weight"});
-  EXPECT_EQ(weights->position_embedding.size(), 2050u * 384u);
+  EXPECT_EQ(weights->position_embedding.rows, 2050);
   for (int i = 0; i < 8; ++i) {
     const LayerWeights& layer = weights->layers[i];
     const std::string prefix = absl::StrCat(decoder, "layers.", i, ".");
@@ -129,8 +128,8 @@ TEST(WeightsTest, ReadsASingleFileInFloat32) {
   const auto config = LoadModelConfig(folder);
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_EQ(ParameterCount(*config), 260032);
-  Memory memory;
-  EXPECT_TRUE(LoadWeights(folder, *config, memory.allocator()).ok());
+  const std::unique_ptr<Backend> backend = NewBackend();
+  EXPECT_TRUE(LoadWeights(folder, *config, backend.get()).ok());
 }
 
 // The smallest Llama, as tensors, for the folders below.
@@ -169,8 +168,8 @@ std::string Load(const std::string& config_text, const std::map<std::string, Tes
   WriteOrDie(folder, "model.safetensors", SafetensorsBytes(tensors));
   const auto config = LoadModelConfig(folder.path());
   EXPECT_TRUE(config.ok()) << config.status();
-  Memory memory;
-  const auto weights = LoadWeights(folder.path(), *config, memory.allocator());
+  const std::unique_ptr<Backend> backend = NewBackend();
+  const auto weights = LoadWeights(folder.path(), *config, backend.get());
   return weights.ok() ? "loaded" : Shown(weights.status(), folder);
 }
 
@@ -241,51 +240,64 @@ TEST(WeightsTest, RefusesATruncatedShard) {
   std::filesystem::permissions(folder.Join("model-00002-of-00002.safetensors"),
                                std::filesystem::perms::owner_all);
   std::filesystem::resize_file(folder.Join("model-00002-of-00002.safetensors"), 10'000'000);
-  Memory memory;
-  const auto weights =
-      LoadWeights(folder.path(), *LoadModelConfig(folder.path()), memory.allocator());
+  const std::unique_ptr<Backend> backend = NewBackend();
+  const auto weights = LoadWeights(folder.path(), *LoadModelConfig(folder.path()), backend.get());
   const std::string message = Shown(weights.status(), folder);
   EXPECT_TRUE(absl::StartsWith(message, "DATA_LOSS: DIR/model-00002-of-00002.safetensors: tensor "))
       << message;
   EXPECT_TRUE(absl::EndsWith(message, "is the file cut short?")) << message;
 }
 
-TEST(WeightsTest, SaysWhenTheAllocatorHasNothingLeft) {
+TEST(WeightsTest, SaysWhatIsAskedOfADeviceThatIsTooSmall) {
   const auto config = FindShape("tiny-opt");
-  const auto weights = RandomWeights(*config, 1, [](size_t) -> float* { return nullptr; });
+  const std::unique_ptr<Backend> backend = NewBackend(1000);
+  const auto weights = RandomWeights(*config, 1, backend.get());
   EXPECT_EQ(weights.status().ToString(),
-            absl::StrCat("RESOURCE_EXHAUSTED: no memory for weights of ",
-                         WeightFloats(*config) * sizeof(float), " bytes"));
+            absl::StrCat("RESOURCE_EXHAUSTED: weights: device memory: asked for ",
+                         WeightBytes(*config, DType::kF32), " bytes, 1000 of 1000 available"));
+  EXPECT_EQ(backend->allocated_bytes(Tier::kDevice), 0u);
+}
+
+TEST(WeightsTest, NarrowMatricesTakeHalfTheBytes) {
+  const auto config = FindShape("llama-3.1-8b");
+  const uint64_t wide = WeightBytes(*config, DType::kF32);
+  const uint64_t narrow = WeightBytes(*config, DType::kBf16);
+  EXPECT_GT(narrow, wide / 2);
+  EXPECT_LT(narrow, wide / 2 + (uint64_t{2} << 20));  // norms stay f32
 }
 
 TEST(WeightsTest, RandomWeightsFollowTheSeed) {
   const auto config = FindShape("tiny-opt");
-  Memory first, again, other;
-  const auto weights = RandomWeights(*config, 5, first.allocator());
+  const std::unique_ptr<Backend> backend = NewBackend();
+  const auto weights = RandomWeights(*config, 5, backend.get());
   ASSERT_TRUE(weights.ok());
-  const auto same = RandomWeights(*config, 5, again.allocator());
-  const auto different = RandomWeights(*config, 6, other.allocator());
-  EXPECT_TRUE(std::ranges::equal(weights->storage, same->storage));
-  EXPECT_FALSE(std::ranges::equal(weights->storage, different->storage));
+  const auto same = RandomWeights(*config, 5, backend.get());
+  const auto different = RandomWeights(*config, 6, backend.get());
+  const auto bytes = [](const ModelWeights& all) {
+    return std::span<const std::byte>(all.storage.get(), all.storage_bytes);
+  };
+  EXPECT_TRUE(std::ranges::equal(bytes(*weights), bytes(*same)));
+  EXPECT_FALSE(std::ranges::equal(bytes(*weights), bytes(*different)));
 }
 
 TEST(WeightsTest, RandomWeightsHaveTheirDistribution) {
   const auto config = FindShape("tiny-opt");
-  Memory memory;
-  const auto weights = RandomWeights(*config, 5, memory.allocator());
+  const std::unique_ptr<Backend> backend = NewBackend();
+  const auto weights = RandomWeights(*config, 5, backend.get());
   for (const LayerWeights& layer : weights->layers) {
     double sum = 0;
     double squares = 0;
-    for (const float value : layer.qkv.weight) {
+    for (const float value : Values(layer.qkv.weight)) {
       sum += value;
       squares += double{value} * value;
     }
-    const auto count = static_cast<double>(layer.qkv.weight.size());
+    const auto count = static_cast<double>(Values(layer.qkv.weight).size());
     // Five standard errors of the mean and of the deviation over 12,288 draws.
     EXPECT_NEAR(sum / count, 0, 5 * 0.02 / std::sqrt(count));
     EXPECT_NEAR(std::sqrt(squares / count), 0.02, 5 * 0.02 / std::sqrt(2 * count));
-    EXPECT_EQ(std::ranges::count(layer.ffn_norm.weight, 1.0f), config->hidden_size);
-    EXPECT_EQ(std::ranges::count(layer.ffn_norm.bias, 0.0f), config->hidden_size);
+    const int width = config->hidden_size;
+    EXPECT_EQ(std::count(layer.ffn_norm.weight, layer.ffn_norm.weight + width, 1.0f), width);
+    EXPECT_EQ(std::count(layer.ffn_norm.bias, layer.ffn_norm.bias + width, 0.0f), width);
     EXPECT_NE(layer.qkv.bias[0], 0.0f);
   }
 }

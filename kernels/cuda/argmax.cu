@@ -1,0 +1,55 @@
+// The most likely token of each row of logits.
+#include "kernels/cuda/device_math.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace kvsweep::cuda {
+namespace {
+
+constexpr int kThreads = 1024;
+
+struct Best {
+  float value;
+  int32_t index;
+};
+
+// Total order, so that the result does not depend on who compares with whom.
+__device__ __forceinline__ Best Better(Best a, Best b) {
+  const bool second = b.value > a.value || (b.value == a.value && b.index < a.index);
+  return second ? b : a;
+}
+
+__device__ __forceinline__ Best WarpBest(Best best) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    best = Better(
+        best, {__shfl_xor_sync(~0u, best.value, offset), __shfl_xor_sync(~0u, best.index, offset)});
+  }
+  return best;
+}
+
+__global__ void __launch_bounds__(kThreads) ArgmaxKernel(ArgmaxArgs args) {
+  __shared__ Best of_warp[kThreads / kWarp];
+  const int64_t row = blockIdx.x;
+  const int32_t target = args.target[row];
+  if (target < 0) return;
+  const float* const logits =
+      static_cast<const float*>(args.logits.data) + row * args.logits.stride;
+  Best best{-INFINITY, 0};
+#pragma unroll 8
+  for (int i = threadIdx.x; i < args.columns; i += kThreads) best = Better(best, {logits[i], i});
+  best = WarpBest(best);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = best;
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  best = WarpBest(of_warp[threadIdx.x]);
+  if (threadIdx.x == 0) args.token[target] = best.index;
+}
+
+}  // namespace
+
+cudaError_t Launch(const ArgmaxArgs& args, const LaunchContext& context) {
+  ArgmaxKernel<<<static_cast<unsigned>(args.rows), kThreads, 0, context.stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace kvsweep::cuda

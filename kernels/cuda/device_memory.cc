@@ -1,0 +1,110 @@
+#include "kernels/cuda/device_memory.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <iterator>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+
+namespace kvsweep::cuda {
+namespace {
+
+constexpr uint64_t kGranularity = 512;
+
+cudaError_t AllocateNew(Tier tier, uint64_t size, void** memory) {
+  if (tier == Tier::kDevice) return cudaMalloc(memory, size);
+  return cudaHostAlloc(memory, size, cudaHostAllocMapped | cudaHostAllocPortable);
+}
+
+void FreeNow(Tier tier, std::byte* memory) {
+  tier == Tier::kDevice ? cudaFree(memory) : cudaFreeHost(memory);
+}
+
+}  // namespace
+
+DeviceMemory::~DeviceMemory() {
+  for (const auto& [memory, block] : blocks_) FreeNow(block.tier, const_cast<std::byte*>(memory));
+  Release(Tier::kDevice);
+  Release(Tier::kHost);
+}
+
+absl::StatusOr<std::byte*> DeviceMemory::Allocate(Tier tier, uint64_t bytes) {
+  const int index = static_cast<int>(tier);
+  const uint64_t limit = limit_[index];
+  uint64_t available = limit > allocated_[index] ? limit - allocated_[index] : 0;
+  const uint64_t size =
+      (std::max<uint64_t>(bytes, 1) + kGranularity - 1) / kGranularity * kGranularity;
+  Block block{.bytes = bytes, .size = size, .tier = tier};
+  void* memory = nullptr;
+  if (bytes <= available) {
+    memory = TakeKept(tier, size, &block);
+    if (memory == nullptr && AllocateNew(tier, size, &memory) != cudaSuccess) {
+      cudaGetLastError();  // it has been dealt with
+      Release(tier);
+      if (AllocateNew(tier, size, &memory) != cudaSuccess) {
+        cudaGetLastError();
+        memory = nullptr;
+        size_t free_bytes = 0;
+        size_t total_bytes = 0;
+        if (tier == Tier::kDevice && cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess) {
+          available = std::min<uint64_t>(available, free_bytes);
+        }
+      }
+    }
+  }
+  if (memory == nullptr) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(tier == Tier::kDevice ? "device" : "pinned host", " memory: asked ", bytes,
+                     ", available ", available, " of ", limit, " bytes"));
+  }
+  auto* const result = static_cast<std::byte*>(memory);
+  blocks_[result] = block;
+  allocated_[index] += bytes;
+  return result;
+}
+
+// The smallest that is kept, unless it would waste more than a quarter.
+std::byte* DeviceMemory::TakeKept(Tier tier, uint64_t size, Block* block) {
+  Kept& kept = kept_[static_cast<int>(tier)];
+  const auto found = kept.lower_bound(size);
+  if (found == kept.end() || found->first > size + size / 3) return nullptr;
+  std::byte* const memory = found->second;
+  block->size = found->first;
+  kept.erase(found);
+  return memory;
+}
+
+void DeviceMemory::Free(std::byte* memory) {
+  if (memory == nullptr) return;
+  const auto found = blocks_.find(memory);
+  KVSWEEP_CHECK(found != blocks_.end()) << "Free of memory that Allocate did not return";
+  const Block& block = found->second;
+  allocated_[static_cast<int>(block.tier)] -= block.bytes;
+  kept_[static_cast<int>(block.tier)].emplace(block.size, memory);
+  blocks_.erase(found);
+}
+
+void DeviceMemory::Release(Tier tier) {
+  Kept& kept = kept_[static_cast<int>(tier)];
+  for (const auto& [size, memory] : kept) FreeNow(tier, memory);
+  kept.clear();
+}
+
+const DeviceMemory::Block* DeviceMemory::Find(const void* pointer) const {
+  const auto* const address = static_cast<const std::byte*>(pointer);
+  const auto after = blocks_.upper_bound(address);
+  if (after == blocks_.begin()) return nullptr;
+  const auto& [begin, block] = *std::prev(after);
+  return static_cast<uint64_t>(address - begin) < std::max<uint64_t>(block.bytes, 1) ? &block
+                                                                                     : nullptr;
+}
+
+Tier DeviceMemory::TierOf(const void* pointer) const {
+  const Block* const block = Find(pointer);
+  return block == nullptr ? Tier::kHost : block->tier;
+}
+
+}  // namespace kvsweep::cuda

@@ -1,0 +1,67 @@
+// The three ways of a projection. The library's is the fastest for many rows; the skinny one reads
+// weights at the speed of memory for few; the general one takes any shape, alignment and format,
+// and adds in the order of the columns.
+#ifndef KVSWEEP_KERNELS_CUDA_PRODUCTS_H_
+#define KVSWEEP_KERNELS_CUDA_PRODUCTS_H_
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <map>
+#include <tuple>
+
+#include "kernels/arguments.h"
+#include "kernels/cuda/launch.h"
+
+namespace kvsweep::cuda {
+
+// Rows that the skinny product takes in one pass over the weights.
+inline constexpr int32_t kSkinnyRows = 64;
+
+cudaError_t LaunchGeneralProduct(const GemmArgs& args, const LaunchContext& context);
+
+// Whether the skinny product takes these arguments: bf16, and 16-byte accesses everywhere.
+bool IsSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
+// REQUIRES: IsSkinnyProduct. More than kSkinnyRows rows take several passes. The order in which an
+// output is summed depends on the weights' shape and on the device alone, never on the rows.
+cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
+
+// out += bias (accumulating products), or out = activation(out + bias).
+cudaError_t LaunchBias(const GemmArgs& args, const LaunchContext& context);
+
+// cuBLASLt, with the algorithm of each shape chosen once. One thread.
+class ProductLibrary {
+ public:
+  ProductLibrary() = default;
+  ~ProductLibrary();
+  ProductLibrary(const ProductLibrary&) = delete;
+  ProductLibrary& operator=(const ProductLibrary&) = delete;
+
+  // Whether the library takes these arguments: bf16, 16-byte alignment.
+  static bool Takes(const GemmArgs& args, const LaunchContext& context);
+  // REQUIRES: Takes.
+  cudaError_t Launch(const GemmArgs& args, const LaunchContext& context);
+
+ private:
+  struct Choice;
+  // rows, out columns, in columns, strides of in and out, accumulate, f32 out
+  using Key = std::tuple<int32_t, int32_t, int32_t, int64_t, int64_t, bool, bool>;
+  cublasStatus_t Choose(const GemmArgs& args, const LaunchContext& context, Choice* choice);
+
+  cublasLtHandle_t handle_ = nullptr;
+  std::map<Key, Choice> choices_;
+};
+
+// Descriptions and algorithm of one shape.
+struct ProductLibrary::Choice {
+  cublasLtMatmulDesc_t product = nullptr;
+  cublasLtMatrixLayout_t weight = nullptr;
+  cublasLtMatrixLayout_t in = nullptr;
+  cublasLtMatrixLayout_t out = nullptr;
+  cublasLtMatmulAlgo_t algorithm = {};
+};
+
+}  // namespace kvsweep::cuda
+
+#endif  // KVSWEEP_KERNELS_CUDA_PRODUCTS_H_

@@ -1,0 +1,45 @@
+// out = silu(gate) * up, element by element.
+#include "kernels/cuda/device_math.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace kvsweep::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T, int kWidth>
+__global__ void SiluGateKernel(SiluGateArgs args) {
+  using Elements = Vector<T, kWidth>;
+  const int64_t row = blockIdx.y;
+  const int column = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
+  if (column >= args.columns) return;
+  const T* const in = static_cast<const T*>(args.in.data) + row * args.in.stride + column;
+  const Elements gate = *reinterpret_cast<const Elements*>(in);
+  const Elements up = *reinterpret_cast<const Elements*>(in + args.columns);
+  Elements out;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const float value = ToFloat(gate.element[i]);
+    out.element[i] = FromFloat<T>(value / (1.0f + expf(-value)) * ToFloat(up.element[i]));
+  }
+  *reinterpret_cast<Elements*>(static_cast<T*>(args.out.data) + row * args.out.stride + column) =
+      out;
+}
+
+}  // namespace
+
+cudaError_t Launch(const SiluGateArgs& args, const LaunchContext& context) {
+  WithActivations(context.activation_dtype, [&](auto element) {
+    using T = decltype(element);
+    const bool wide = CanVectorise<T>(args.out.data, args.out.stride, args.columns) &&
+                      CanVectorise<T>(args.in.data, args.in.stride, args.columns);
+    const int width = wide ? kVectorElements<T> : 1;
+    const auto kernel = wide ? SiluGateKernel<T, kVectorElements<T>> : SiluGateKernel<T, 1>;
+    const dim3 grid(static_cast<unsigned>(DivideUp(args.columns, int64_t{kThreads} * width)),
+                    static_cast<unsigned>(args.rows));
+    kernel<<<grid, kThreads, 0, context.stream>>>(args);
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace kvsweep::cuda

@@ -1,0 +1,320 @@
+// A projection of few rows, bound by reading the weights once.
+//
+// A persistent block takes a contiguous share of all (tile of 128 outputs, 64 columns) units, so
+// every multiprocessor reads equally much whatever the shape. Weights stream through a ring in
+// shared memory in which each thread copies and reads its own sixteen bytes: deep, and without a
+// barrier. They feed the tensor cores as they lie: the columns inside a group of 32 are taken in
+// another order, the same for weights and activations, in which a thread's fragments are
+// contiguous.
+//
+// A tile that several blocks share is summed from their parts by the last of them to arrive, in the
+// order of the columns. So the order depends on the weights' shape and the number of blocks alone.
+#include <algorithm>
+
+#include "kernels/cuda/device_math.cuh"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/products.h"
+
+namespace kvsweep::cuda {
+namespace {
+
+constexpr int kTileOutputs = 128;
+constexpr int kUnitColumns = 64;
+constexpr int kOutputWarps = 4;  // 32 outputs each
+constexpr int kColumnWarps = 2;  // 32 columns of a unit each
+constexpr int kThreads = kWarp * kOutputWarps * kColumnWarps;
+constexpr int kPieces = 4;  // rows lane / 4 + {0, 8, 16, 24} of the warp's 32
+constexpr int kStages = 8;
+
+struct Shares {
+  int64_t units = 0;  // of a tile
+  int64_t total = 0;
+  int64_t blocks = 1;
+
+  __host__ __device__ int64_t Begin(int64_t block) const { return total * block / blocks; }
+  // The block that has `unit`.
+  __host__ __device__ int64_t Holder(int64_t unit) const {
+    return ((unit + 1) * blocks - 1) / total;
+  }
+};
+
+struct Workspace {
+  float* part = nullptr;       // [blocks, 2, floats of a part]
+  uint32_t* ticket = nullptr;  // [tiles], zero between launches
+};
+
+__device__ __forceinline__ void Multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// kTokenTiles tiles of 8 rows of activations.
+template <int kTokenTiles>
+struct Accumulators {
+  float sum[2][kTokenTiles][4];  // [16 outputs, 8 rows] of a warp's 32 outputs
+  static constexpr int kFloats = 2 * kTokenTiles * 4;
+
+  __device__ __forceinline__ void Clear() {
+#pragma unroll
+    for (int i = 0; i < kFloats; ++i) (&sum[0][0][0])[i] = 0.0f;
+  }
+};
+
+// Adds up an output and stores it.
+template <typename Out>
+__device__ __forceinline__ void StoreOutput(const GemmArgs& args, int64_t row, int64_t column,
+                                            float value) {
+  Out* const out = static_cast<Out*>(args.out.data) + row * args.out.stride + column;
+  if (args.relu) value = fmaxf(value, 0.0f);
+  if (args.accumulate) value += ToFloat(*out);
+  *out = FromFloat<Out>(value);
+}
+
+template <int kTokenTiles>
+__device__ __forceinline__ void StoreTile(const GemmArgs& args, int64_t tile,
+                                          const Accumulators<kTokenTiles>& all, int output_warp,
+                                          int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const int64_t column =
+          tile * kTileOutputs + output_warp * 32 + half * 16 + pair * 8 + lane / 4;
+      if (column >= args.out_columns) continue;
+      const float bias = args.bias == nullptr ? 0.0f : args.bias[column];
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = t * 8 + lane % 4 * 2 + i;
+          if (row >= args.rows) continue;
+          const float value = all.sum[half][t][pair * 2 + i] + bias;
+          if (args.f32_out) {
+            StoreOutput<float>(args, row, column, value);
+          } else {
+            StoreOutput<__nv_bfloat16>(args, row, column, value);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Shared memory: the ring, then room to add what the column warps have summed.
+template <int kTokenTiles>
+constexpr size_t SharedBytes() {
+  return size_t{kStages} * kPieces * kThreads * 16 +
+         size_t{Accumulators<kTokenTiles>::kFloats} * kWarp * kOutputWarps * sizeof(float);
+}
+
+template <int kTokenTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    SkinnyProductKernel(GemmArgs args, Shares shares, Workspace workspace) {
+  using Sums = Accumulators<kTokenTiles>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  uint4* const ring = reinterpret_cast<uint4*>(shared);  // [stages, pieces, threads]
+  float* const joined = reinterpret_cast<float*>(shared + kStages * kPieces * kThreads * 16);
+  __shared__ bool is_last;
+
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int output_warp = warp % kOutputWarps;
+  const int column_warp = warp / kOutputWarps;
+  const int64_t begin = shares.Begin(blockIdx.x);
+  const int64_t end = shares.Begin(blockIdx.x + 1);
+  const auto* const weight = static_cast<const __nv_bfloat16*>(args.weight);
+  const auto* const in = static_cast<const __nv_bfloat16*>(args.in.data);
+
+  // The unit that is copied next, ahead of the one that is multiplied.
+  int64_t copy_unit = begin;
+  int64_t copy_tile = begin / shares.units;
+  int copy_column = static_cast<int>(begin - copy_tile * shares.units) * kUnitColumns;
+  const int thread_column = column_warp * 32 + lane % 4 * 8;
+  const int thread_output = output_warp * 32 + lane / 4;
+  auto copy_next = [&](int stage) {
+    if (copy_unit < end) {
+      const int column = copy_column + thread_column;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int64_t output = copy_tile * kTileOutputs + thread_output + piece * 8;
+        const bool valid = output < args.out_columns && column < args.in_columns;
+        const auto* const source = valid ? weight + output * args.in_columns + column : weight;
+        CopyAsync(SharedAddress(ring + (stage * kPieces + piece) * kThreads + threadIdx.x), source,
+                  valid);
+      }
+      ++copy_unit;
+      copy_column += kUnitColumns;
+      if (copy_column >= args.in_columns) {
+        copy_column = 0;
+        ++copy_tile;
+      }
+    }
+    CommitCopies();
+  };
+
+  // Activations of a unit: a thread's fragments are contiguous in the row.
+  auto load_rows = [&](uint4(&rows)[kTokenTiles], int column) {
+    column += thread_column;
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      const int row = t * 8 + lane / 4;
+      rows[t] = row < args.rows && column < args.in_columns
+                    ? *reinterpret_cast<const uint4*>(in + row * args.in.stride + column)
+                    : uint4{0, 0, 0, 0};
+    }
+  };
+
+  for (int stage = 0; stage < kStages - 1; ++stage) copy_next(stage);
+  Sums all;
+  all.Clear();
+  int64_t tile = begin / shares.units;
+  int column = static_cast<int>(begin - tile * shares.units) * kUnitColumns;
+  uint4 rows[kTokenTiles];
+  load_rows(rows, column);
+  int stage = 0;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    WaitCopies<kStages - 2>();
+    uint4 w[kPieces];
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      w[piece] = ring[(stage * kPieces + piece) * kThreads + threadIdx.x];
+    }
+    copy_next((stage + kStages - 1) % kStages);
+    stage = (stage + 1) % kStages;
+    uint4 current[kTokenTiles];
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) current[t] = rows[t];
+    int next_column = column + kUnitColumns;
+    const bool tile_ends = next_column >= args.in_columns;
+    if (tile_ends) next_column = 0;
+    if (unit + 1 < end) load_rows(rows, next_column);
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      const uint4 x = current[t];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 low = w[2 * half];
+        const uint4 high = w[2 * half + 1];
+        Multiply(all.sum[half][t], low.x, high.x, low.y, high.y, x.x, x.y);
+        Multiply(all.sum[half][t], low.z, high.z, low.w, high.w, x.z, x.w);
+      }
+    }
+    column = next_column;
+    if (!tile_ends && unit + 1 < end) continue;
+
+    // The block's part of the tile is complete: add the column warps.
+    float* const mine = joined + output_warp * kWarp + lane;
+    if (column_warp == 1) {
+#pragma unroll
+      for (int i = 0; i < Sums::kFloats; ++i) {
+        mine[i * kWarp * kOutputWarps] = (&all.sum[0][0][0])[i];
+      }
+    }
+    __syncthreads();
+    const int64_t tile_begin = tile * shares.units;
+    const int64_t first_block = shares.Holder(tile_begin);
+    const int64_t last_block = shares.Holder(tile_begin + shares.units - 1);
+    const bool shared_tile = first_block != last_block;
+    if (column_warp == 0) {
+#pragma unroll
+      for (int i = 0; i < Sums::kFloats; ++i) {
+        (&all.sum[0][0][0])[i] += mine[i * kWarp * kOutputWarps];
+      }
+      if (!shared_tile) {
+        StoreTile(args, tile, all, output_warp, lane);
+      } else {
+        const int which = tile == begin / shares.units ? 0 : 1;
+        float* const part =
+            workspace.part +
+            (int64_t{blockIdx.x} * 2 + which) * Sums::kFloats * kWarp * kOutputWarps +
+            output_warp * kWarp + lane;
+#pragma unroll
+        for (int i = 0; i < Sums::kFloats; ++i) {
+          __stcg(part + i * kWarp * kOutputWarps, (&all.sum[0][0][0])[i]);
+        }
+        __threadfence();
+      }
+    }
+    __syncthreads();
+    if (shared_tile) {
+      if (threadIdx.x == 0) {
+        const auto parts = static_cast<uint32_t>(last_block - first_block + 1);
+        is_last = atomicAdd(&workspace.ticket[tile], 1u) + 1 == parts;
+        if (is_last) workspace.ticket[tile] = 0;
+      }
+      __syncthreads();
+      if (is_last && column_warp == 0) {
+        __threadfence();
+        all.Clear();
+        for (int64_t block = first_block; block <= last_block; ++block) {
+          const int which = tile == shares.Begin(block) / shares.units ? 0 : 1;
+          const float* const part = workspace.part +
+                                    (block * 2 + which) * Sums::kFloats * kWarp * kOutputWarps +
+                                    output_warp * kWarp + lane;
+#pragma unroll
+          for (int i = 0; i < Sums::kFloats; ++i) {
+            (&all.sum[0][0][0])[i] += __ldcg(part + i * kWarp * kOutputWarps);
+          }
+        }
+        StoreTile(args, tile, all, output_warp, lane);
+      }
+      __syncthreads();
+    }
+    all.Clear();
+    ++tile;
+  }
+}
+
+template <int kTokenTiles>
+cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
+  Shares shares;
+  shares.units = DivideUp(args.in_columns, kUnitColumns);
+  const int64_t tiles = DivideUp(args.out_columns, kTileOutputs);
+  shares.total = shares.units * tiles;
+  shares.blocks = std::min<int64_t>(context.multiprocessors, shares.total);
+  const size_t part_bytes = size_t{Accumulators<kTokenTiles>::kFloats} * kWarp * kOutputWarps * 4;
+  const bool fits = 2 * static_cast<size_t>(shares.blocks) * part_bytes <= context.workspace_bytes;
+  if (!fits || tiles > context.ticket_count) return cudaErrorInvalidValue;
+  constexpr size_t kShared = SharedBytes<kTokenTiles>();
+  const auto kernel = SkinnyProductKernel<kTokenTiles>;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared));
+  if (error != cudaSuccess) return error;
+  const Workspace workspace{reinterpret_cast<float*>(context.workspace), context.tickets};
+  kernel<<<static_cast<unsigned>(shares.blocks), kThreads, kShared, context.stream>>>(args, shares,
+                                                                                      workspace);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchRows(const GemmArgs& args, const LaunchContext& context) {
+  if (args.rows <= 8) return LaunchTiles<1>(args, context);
+  if (args.rows <= 16) return LaunchTiles<2>(args, context);
+  if (args.rows <= 32) return LaunchTiles<4>(args, context);
+  return LaunchTiles<8>(args, context);
+}
+
+}  // namespace
+
+bool IsSkinnyProduct(const GemmArgs& args, const LaunchContext& context) {
+  return context.weight_dtype == DType::kBf16 &&
+         CanVectorise<__nv_bfloat16>(args.weight, args.in_columns, args.in_columns) &&
+         CanVectorise<__nv_bfloat16>(args.in.data, args.in.stride, args.in_columns);
+}
+
+cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& context) {
+  for (int32_t row = 0; row < args.rows; row += kSkinnyRows) {
+    GemmArgs part = args;
+    part.rows = std::min(kSkinnyRows, args.rows - row);
+    part.in.data = static_cast<std::byte*>(args.in.data) + row * args.in.stride * 2;
+    part.out.data =
+        static_cast<std::byte*>(args.out.data) + row * args.out.stride * (args.f32_out ? 4 : 2);
+    const cudaError_t error = LaunchRows(part, context);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace kvsweep::cuda

@@ -1,0 +1,272 @@
+// Memory, streams, events, graphs and counters of the CUDA backend, and its products against sums
+// in float64.
+#include "kernels/cuda/cuda_backend.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "base/random.h"
+#include "kernels/cpu/cpu_backend.h"
+
+namespace kvsweep {
+namespace {
+
+std::unique_ptr<Backend> NewCuda(const CudaBackendOptions& options) {
+  absl::StatusOr<std::unique_ptr<Backend>> backend = CreateCudaBackend(options);
+  KVSWEEP_CHECK_OK(backend);
+  return *std::move(backend);
+}
+
+// Device memory of elements, filled and read through copies.
+class Buffer {
+ public:
+  Buffer(Backend* backend, DType dtype, const std::vector<float>& values)
+      : backend_(backend), dtype_(dtype), count_(values.size()) {
+    std::vector<std::byte> bytes(values.size() * static_cast<size_t>(DTypeBytes(dtype)));
+    FromFloats(values, dtype, bytes.data());
+    memory_ = backend->Allocate(Tier::kDevice, bytes.size()).value();
+    backend->Copy(memory_, bytes.data(), bytes.size(), Stream::kCompute);
+    KVSWEEP_CHECK_OK(backend->WaitAll());
+  }
+  ~Buffer() { backend_->Free(memory_); }
+  Buffer(const Buffer&) = delete;
+
+  std::byte* data() const { return memory_; }
+  std::vector<float> Read() const {
+    std::vector<std::byte> bytes(count_ * static_cast<size_t>(DTypeBytes(dtype_)));
+    backend_->Copy(bytes.data(), memory_, bytes.size(), Stream::kCompute);
+    KVSWEEP_CHECK_OK(backend_->WaitAll());
+    std::vector<float> values(count_);
+    ToFloats(bytes.data(), dtype_, values);
+    return values;
+  }
+
+ private:
+  Backend* backend_;
+  DType dtype_;
+  size_t count_;
+  std::byte* memory_;
+};
+
+// Normal values that `dtype` holds exactly.
+std::vector<float> Values(Random& random, int64_t count, DType dtype) {
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = static_cast<float>(random.Normal());
+  std::vector<std::byte> bytes(values.size() * static_cast<size_t>(DTypeBytes(dtype)));
+  FromFloats(values, dtype, bytes.data());
+  ToFloats(bytes.data(), dtype, values);
+  return values;
+}
+
+struct Product {
+  int32_t rows, out_columns, in_columns;
+  bool bias = false, relu = false, accumulate = false, f32_out = false;
+};
+
+// Rows have a gap behind them that must stay as it was.
+void CheckProduct(Backend* backend, Random& random, const Product& shape) {
+  const DType dtype = backend->info().activation_dtype;
+  const DType out_dtype = shape.f32_out ? DType::kF32 : dtype;
+  const int64_t in_stride = shape.in_columns + 8;
+  const int64_t out_stride = shape.out_columns + 8;
+  const std::vector<float> in = Values(random, shape.rows * in_stride, dtype);
+  const std::vector<float> weight =
+      Values(random, int64_t{shape.out_columns} * shape.in_columns, dtype);
+  const std::vector<float> bias = Values(random, shape.out_columns, DType::kF32);
+  const std::vector<float> before = Values(random, shape.rows * out_stride, out_dtype);
+  const Buffer in_memory(backend, dtype, in);
+  const Buffer weight_memory(backend, dtype, weight);
+  const Buffer bias_memory(backend, DType::kF32, bias);
+  const Buffer out_memory(backend, out_dtype, before);
+  backend->Gemm({.out = {out_memory.data(), out_stride},
+                 .in = {in_memory.data(), in_stride},
+                 .weight = weight_memory.data(),
+                 .bias = shape.bias ? reinterpret_cast<const float*>(bias_memory.data()) : nullptr,
+                 .relu = shape.relu,
+                 .accumulate = shape.accumulate,
+                 .f32_out = shape.f32_out,
+                 .rows = shape.rows,
+                 .out_columns = shape.out_columns,
+                 .in_columns = shape.in_columns},
+                Stream::kCompute);
+  const std::vector<float> out = out_memory.Read();
+  const double epsilon = out_dtype == DType::kF32 ? 0x1p-24 : 0x1p-9;
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    for (int64_t column = 0; column < out_stride; ++column) {
+      const auto at = static_cast<size_t>(row * out_stride + column);
+      if (column >= shape.out_columns) {
+        ASSERT_EQ(out[at], before[at]) << "gap behind row " << row;
+        continue;
+      }
+      double sum = shape.bias ? bias[static_cast<size_t>(column)] : 0;
+      double bound = std::abs(sum);
+      for (int64_t k = 0; k < shape.in_columns; ++k) {
+        const double term = double{in[static_cast<size_t>(row * in_stride + k)]} *
+                            weight[static_cast<size_t>(column * shape.in_columns + k)];
+        sum += term;
+        bound += std::abs(term);
+      }
+      if (shape.relu) sum = std::max(sum, 0.0);
+      if (shape.accumulate) {
+        sum += before[at];
+        bound += std::abs(before[at]);
+      }
+      // Sums in f32, in any order; then up to three roundings to the output's format.
+      const double tolerance = (std::sqrt(shape.in_columns) + 8) * 0x1p-23 * bound +
+                               3 * epsilon * (std::abs(sum) + std::abs(double{before[at]}) + 4);
+      ASSERT_NEAR(out[at], sum, tolerance)
+          << "rows " << shape.rows << " out " << shape.out_columns << " in " << shape.in_columns
+          << ": row " << row << " column " << column;
+    }
+  }
+}
+
+TEST(CudaBackendTest, Products) {
+  for (const DType dtype : {DType::kBf16, DType::kF32}) {
+    for (const bool invariant : {false, true}) {
+      const auto backend = NewCuda({.dtype = dtype, .batch_invariant = invariant});
+      Random random(7);
+      for (const int32_t rows : {1, 2, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 100, 300}) {
+        const auto out_columns = static_cast<int32_t>(8 * (1 + random.Uniform(60)));
+        const auto in_columns = static_cast<int32_t>(8 * (1 + random.Uniform(80)));
+        CheckProduct(backend.get(), random, {rows, out_columns, in_columns});
+        CheckProduct(backend.get(), random,
+                     {rows, out_columns, in_columns, .bias = true, .relu = true});
+        CheckProduct(backend.get(), random,
+                     {rows, out_columns, in_columns, .bias = true, .accumulate = true});
+        CheckProduct(backend.get(), random, {rows, out_columns, in_columns, .f32_out = true});
+        // Columns that allow no wide access.
+        CheckProduct(backend.get(), random, {rows, 172, 43, .accumulate = true});
+      }
+      CheckProduct(backend.get(), random, {5, 3000, 1024});
+      CheckProduct(backend.get(), random, {64, 1000, 4096});
+      CheckProduct(backend.get(), random, {1, 130, 8200});
+    }
+  }
+}
+
+TEST(CudaBackendTest, InvariantProductsDoNotDependOnOtherRows) {
+  const auto backend = NewCuda({.batch_invariant = true});
+  Random random(3);
+  constexpr int32_t kOut = 520;
+  constexpr int32_t kIn = 1096;
+  const Buffer in(backend.get(), DType::kBf16, Values(random, 200 * kIn, DType::kBf16));
+  const Buffer weight(backend.get(), DType::kBf16, Values(random, kOut * kIn, DType::kBf16));
+  std::vector<float> alone;
+  for (const int32_t rows : {1, 9, 30, 64, 65, 200}) {
+    const Buffer out(backend.get(), DType::kBf16,
+                     std::vector<float>(static_cast<size_t>(rows) * kOut));
+    backend->Gemm({.out = {out.data(), kOut},
+                   .in = {in.data(), kIn},
+                   .weight = weight.data(),
+                   .rows = rows,
+                   .out_columns = kOut,
+                   .in_columns = kIn},
+                  Stream::kCompute);
+    std::vector<float> first = out.Read();
+    first.resize(kOut);
+    if (alone.empty()) alone = first;
+    EXPECT_EQ(first, alone) << rows << " rows";
+  }
+}
+
+TEST(CudaBackendTest, RandomNumbersAreThoseOfTheCpuBackend) {
+  const auto cuda = NewCuda({});
+  const auto cpu = CreateCpuBackend({.threads = 1}).value();
+  for (const DType dtype : {DType::kF32, DType::kBf16}) {
+    std::vector<std::vector<float>> values;
+    for (Backend* backend : {cuda.get(), cpu.get()}) {
+      const Buffer memory(backend, dtype, std::vector<float>(100'001));
+      backend->FillNormal(
+          {.out = memory.data(), .dtype = dtype, .count = 100'001, .seed = 42, .deviation = 0.02f},
+          Stream::kCompute);
+      values.push_back(memory.Read());
+    }
+    EXPECT_EQ(values[0], values[1]);
+  }
+}
+
+TEST(CudaBackendTest, MemoryIsZeroedCountedAndBounded) {
+  const auto backend = NewCuda({.device_memory_bytes = 1 << 20, .host_memory_bytes = 1 << 16});
+  std::byte* const first = backend->Allocate(Tier::kDevice, 700'000).value();
+  EXPECT_EQ(backend->allocated_bytes(Tier::kDevice), 700'000u);
+  const auto refused = backend->Allocate(Tier::kDevice, 700'000);
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(absl::StrContains(refused.status().message(), "asked 700000, available 348576"))
+      << refused.status();
+  EXPECT_FALSE(backend->Allocate(Tier::kHost, 1 << 17).ok());
+  // Freed memory comes back clean.
+  std::vector<uint8_t> ones(700'000, 1);
+  backend->Copy(first, ones.data(), ones.size(), Stream::kHostToDevice);
+  ASSERT_TRUE(backend->WaitAll().ok());
+  EXPECT_EQ(backend->link_bytes_to_device(), 700'000u);
+  backend->Free(first);
+  std::byte* const again = backend->Allocate(Tier::kDevice, 690'000).value();
+  backend->Copy(ones.data(), again, 690'000, Stream::kDeviceToHost);
+  ASSERT_TRUE(backend->WaitAll().ok());
+  EXPECT_EQ(backend->link_bytes_to_host(), 690'000u);
+  EXPECT_EQ(std::count(ones.begin(), ones.begin() + 690'000, 0), 690'000);
+}
+
+TEST(CudaBackendTest, GraphsJoinStreamsAndReadNewValuesBehindOldPointers) {
+  const auto backend = NewCuda({.dtype = DType::kF32});
+  const auto floats = [&](Tier tier) {
+    return reinterpret_cast<float*>(backend->Allocate(tier, 4096).value());
+  };
+  float* const host = floats(Tier::kHost);
+  float* const device = floats(Tier::kDevice);
+  float* const back = floats(Tier::kHost);
+  const Event sent = backend->CreateEvent();
+  const Event done = backend->CreateEvent();
+  backend->BeginCapture();
+  backend->Copy(device, host, 4096, Stream::kHostToDevice);
+  backend->RecordEvent(sent, Stream::kHostToDevice);
+  backend->WaitEvent(sent, Stream::kDeviceToHost);
+  backend->Copy(back, device, 4096, Stream::kDeviceToHost);
+  backend->RecordEvent(done, Stream::kDeviceToHost);
+  backend->WaitEvent(done, Stream::kCompute);
+  const absl::StatusOr<Graph> graph = backend->EndCapture();
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  for (int step = 1; step <= 3; ++step) {
+    for (int i = 0; i < 1024; ++i) host[i] = static_cast<float>(step * 10'000 + i);
+    backend->Launch(*graph);
+    ASSERT_TRUE(backend->WaitAll().ok());
+    for (int i = 0; i < 1024; ++i) ASSERT_EQ(back[i], static_cast<float>(step * 10'000 + i));
+    EXPECT_EQ(backend->link_bytes_to_device(), 4096u * static_cast<unsigned>(step));
+  }
+  backend->DestroyGraph(*graph);
+
+  backend->BeginCapture();
+  backend->Copy(device, host, 4096, Stream::kHostToDevice);
+  EXPECT_EQ(backend->EndCapture().status().code(), absl::StatusCode::kFailedPrecondition);
+  // The stream is usable again.
+  backend->Copy(device, host, 4096, Stream::kHostToDevice);
+  EXPECT_TRUE(backend->WaitAll().ok());
+  backend->RecordEvent(sent, Stream::kCompute);
+  backend->BeginCapture();
+  backend->WaitEvent(sent, Stream::kCompute);
+  EXPECT_EQ(backend->EndCapture().status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST(CudaBackendTest, ErrorsNameTheOperation) {
+  const auto backend = NewCuda({.dtype = DType::kF32});
+  std::byte* const memory = backend->Allocate(Tier::kDevice, 1 << 20).value();
+  auto* const floats = reinterpret_cast<float*>(memory);
+  backend->Norm({.out = {memory, 100'000},
+                 .in = {memory, 100'000},
+                 .weight = floats,
+                 .rows = 1,
+                 .columns = 100'000},
+                Stream::kCompute);
+  const absl::Status status = backend->WaitAll();
+  EXPECT_TRUE(absl::StrContains(status.message(), "Norm: ")) << status;
+  EXPECT_TRUE(backend->WaitAll().ok());
+}
+
+}  // namespace
+}  // namespace kvsweep
