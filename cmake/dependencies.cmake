@@ -4,6 +4,7 @@
 #   protobuf::libprotobuf  gRPC::grpc++  gRPC::grpc++_reflection          (the wires)
 #   yaml-cpp  nlohmann_json::nlohmann_json  CLI11::CLI11                  (specs, model configs, flags)
 #   SQLite::SQLite3  PkgConfig::zstd                                      (the store)
+#   PkgConfig::pcre2  PkgConfig::utf8proc                                 (byte-level tokenizers)
 #   OpenBLAS::OpenBLAS  Eigen3::Eigen  Boost::headers                     (products, SVD, quantiles)
 #   GTest::gtest  GTest::gmock                                            (tests)
 
@@ -22,6 +23,8 @@ find_package(nlohmann_json REQUIRED CONFIG)
 find_package(CLI11 REQUIRED CONFIG)
 find_package(SQLite3 REQUIRED)
 pkg_check_modules(zstd REQUIRED IMPORTED_TARGET libzstd)
+pkg_check_modules(pcre2 REQUIRED IMPORTED_TARGET libpcre2-8)
+pkg_check_modules(utf8proc REQUIRED IMPORTED_TARGET libutf8proc)
 
 find_package(Eigen3 REQUIRED CONFIG)
 find_package(Boost REQUIRED)

@@ -55,9 +55,14 @@ absl::StatusOr<FileReference> DescribeFile(const std::string& path, const std::s
 
 // Whether a file of a model folder decides what the model computes.
 bool IsModelFile(absl::string_view name) {
-  static constexpr absl::string_view kNames[] = {"config.json",           "generation_config.json",
-                                                 "tokenizer.model",       "tokenizer.json",
-                                                 "tokenizer_config.json", "tok512.bin"};
+  static constexpr absl::string_view kNames[] = {"config.json",
+                                                 "generation_config.json",
+                                                 "tokenizer.model",
+                                                 "tokenizer.json",
+                                                 "tokenizer_config.json",
+                                                 "tok512.bin",
+                                                 "vocab.json",
+                                                 "merges.txt"};
   return absl::EndsWith(name, ".safetensors") || absl::EndsWith(name, ".index.json") ||
          std::find(std::begin(kNames), std::end(kNames), name) != std::end(kNames);
 }

@@ -10,42 +10,10 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/strip.h"
 #include "base/status_macros.h"
+#include "worker/engine/utf8.h"
 
 namespace kvsweep {
 namespace {
-
-constexpr absl::string_view kReplacement = "\xef\xbf\xbd";  // U+FFFD
-
-// Bytes of the UTF-8 character at the start of `text`, or 0 when there is none:
-// stray or missing continuation bytes, overlong forms, surrogates, and values
-// past U+10FFFF are not characters. REQUIRES: !text.empty().
-size_t CharacterBytes(absl::string_view text) {
-  const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
-  const auto continues = [&](size_t i) { return i < text.size() && (byte(i) & 0xc0) == 0x80; };
-  if (byte(0) < 0x80) return 1;
-  if (byte(0) >= 0xc2 && byte(0) < 0xe0) return continues(1) ? 2 : 0;
-  if ((byte(0) & 0xf0) == 0xe0 && continues(1) && continues(2)) {
-    const uint32_t value = (byte(0) & 0x0fu) << 12 | (byte(1) & 0x3fu) << 6;
-    return value >= 0x800 && (value < 0xd800 || value >= 0xe000) ? 3 : 0;
-  }
-  if (byte(0) >= 0xf0 && byte(0) < 0xf5 && continues(1) && continues(2) && continues(3)) {
-    const uint32_t value = (byte(0) & 0x07u) << 18 | (byte(1) & 0x3fu) << 12;
-    return value >= 0x10000 && value < 0x110000 ? 4 : 0;
-  }
-  return 0;
-}
-
-// `text` with each byte that is part of no character replaced by U+FFFD.
-std::string RepairUtf8(absl::string_view text) {
-  std::string repaired;
-  repaired.reserve(text.size());
-  while (!text.empty()) {
-    const size_t bytes = CharacterBytes(text);
-    absl::StrAppend(&repaired, bytes == 0 ? kReplacement : text.substr(0, bytes));
-    text.remove_prefix(std::max<size_t>(bytes, 1));
-  }
-  return repaired;
-}
 
 // The value of a byte piece, spelt "<0x0A>", or -1.
 int ByteOfPiece(absl::string_view text) {

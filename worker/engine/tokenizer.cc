@@ -268,20 +268,29 @@ absl::StatusOr<std::string> FindTokenizerFile(const std::string& folder) {
   if (names.contains("tokenizer.model")) return absl::StrCat(folder, "/tokenizer.model");
   const auto llama2c = std::ranges::find_if(names, IsLlama2cName);
   if (llama2c != names.end()) return absl::StrCat(folder, "/", *llama2c);
-  if (names.contains("tokenizer.json")) {
-    return absl::UnimplementedError(
-        absl::StrCat(folder, "/tokenizer.json is not supported: only SentencePiece BPE ",
-                     "(tokenizer.model) and llama2.c (tok*.bin) tokenizers are"));
+  if (names.contains("tokenizer.json")) return absl::StrCat(folder, "/tokenizer.json");
+  if (names.contains("vocab.json") && names.contains("merges.txt")) {
+    return absl::StrCat(folder, "/vocab.json");
   }
-  return absl::NotFoundError(absl::StrCat(
-      "model folder ", folder, " has no tokenizer: neither tokenizer.model nor tok*.bin"));
+  return absl::NotFoundError(
+      absl::StrCat("model folder ", folder, " has no tokenizer: neither tokenizer.model, ",
+                   "tok*.bin, tokenizer.json nor vocab.json with merges.txt"));
 }
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& folder) {
   ASSIGN_OR_RETURN(const std::string path, FindTokenizerFile(folder));
   ASSIGN_OR_RETURN(const std::string bytes, ReadFile(path, limits::kTokenizerFileBytes));
   if (absl::EndsWith(path, ".model")) return ParseSentencePieceModel(bytes, path);
-  return ParseLlama2cTokenizer(bytes, path);
+  if (absl::EndsWith(path, ".bin")) return ParseLlama2cTokenizer(bytes, path);
+  std::string config;
+  const std::string config_path = absl::StrCat(folder, "/tokenizer_config.json");
+  if (std::error_code ignored; std::filesystem::exists(config_path, ignored)) {
+    ASSIGN_OR_RETURN(config, ReadFile(config_path, limits::kModelConfigBytes));
+  }
+  if (absl::EndsWith(path, "tokenizer.json")) return ParseTokenizerJson(bytes, config, path);
+  ASSIGN_OR_RETURN(const std::string merges,
+                   ReadFile(absl::StrCat(folder, "/merges.txt"), limits::kTokenizerFileBytes));
+  return ParseVocabularyAndMerges(bytes, merges, config, path);
 }
 
 }  // namespace kvsweep

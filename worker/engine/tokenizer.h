@@ -2,7 +2,9 @@
 //
 // A Tokenizer is immutable once made, so any number of threads may use it.
 // Readers: SentencePiece BPE models with the identity normaliser (Llama 1 and
-// 2, Mistral, the shipped books models), and the tok*.bin files of llama2.c.
+// 2, Mistral, the shipped books models), byte-level BPE from tokenizer.json or
+// from vocab.json and merges.txt (GPT-2, OPT, Llama 3, Qwen2), and the tok*.bin
+// files of llama2.c.
 // Other kinds of tokenizer are refused by name when they are loaded: a
 // tokenizer that is slightly wrong would spoil every number quietly.
 //
@@ -42,8 +44,9 @@ class Tokenizer {
   virtual std::optional<int32_t> eos_id() const = 0;
 
   // The ids of `text`. Bytes that are not UTF-8 are read as U+FFFD, as SentencePiece does; every
-  // other text comes back from Decode unchanged, unless the model itself tidies whitespace, or the
-  // text holds the mark U+2581 that SentencePiece writes for a space. Special tokens are never
+  // other text comes back from Decode unchanged, unless the model itself tidies whitespace or
+  // composes characters (NFC), or the text holds the mark U+2581 that SentencePiece writes for a
+  // space. Special tokens are never
   // recognised inside a text. An empty text has no ids (but BOS if asked for). The first n ids do
   // not depend on `max_tokens`. Takes O(n log n).
   virtual std::vector<int32_t> Encode(absl::string_view text,
@@ -72,9 +75,25 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> ParseSentencePieceModel(absl::string_
 absl::StatusOr<std::unique_ptr<Tokenizer>> ParseLlama2cTokenizer(absl::string_view bytes,
                                                                  absl::string_view file_name);
 
+// Reads a byte-level BPE from the text of a tokenizer.json; `config_text`, which
+// may be empty, is that of tokenizer_config.json, which names the end of a text
+// and whether a BOS is put before it. InvalidArgument for a damaged file,
+// Unimplemented for another model, normaliser, pre-tokeniser or post-processor,
+// by name.
+absl::StatusOr<std::unique_ptr<Tokenizer>> ParseTokenizerJson(absl::string_view text,
+                                                              absl::string_view config_text,
+                                                              absl::string_view file_name);
+
+// The same from GPT-2's pair of files, whose rules are fixed. Only the tokens
+// that tokenizer_config.json names as BOS, EOS and so on are special.
+absl::StatusOr<std::unique_ptr<Tokenizer>> ParseVocabularyAndMerges(absl::string_view vocabulary,
+                                                                    absl::string_view merges,
+                                                                    absl::string_view config_text,
+                                                                    absl::string_view file_name);
+
 // The file that LoadTokenizer would read in `folder`: tokenizer.model, else the
-// first tok*.bin. NotFound when there is none, saying what was looked for;
-// Unimplemented when there is only a kind that is not supported.
+// first tok*.bin, else tokenizer.json, else vocab.json beside a merges.txt.
+// NotFound when there is none, saying what was looked for.
 absl::StatusOr<std::string> FindTokenizerFile(const std::string& folder);
 
 // The tokenizer of a model folder, read from FindTokenizerFile.

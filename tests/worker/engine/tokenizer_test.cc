@@ -379,11 +379,11 @@ TEST(TokenizerTest, MutatedModelsAreRefusedOrWork) {
 TEST(TokenizerTest, NamesWhatAFolderLacks) {
   const TempDir folder;
   EXPECT_EQ(Shown(LoadTokenizer(folder.path()).status(), folder),
-            "NOT_FOUND: model folder DIR has no tokenizer: neither tokenizer.model nor tok*.bin");
+            "NOT_FOUND: model folder DIR has no tokenizer: neither tokenizer.model, tok*.bin, "
+            "tokenizer.json nor vocab.json with merges.txt");
   WriteOrDie(folder, "tokenizer.json", "{}");
   EXPECT_EQ(Shown(LoadTokenizer(folder.path()).status(), folder),
-            "UNIMPLEMENTED: DIR/tokenizer.json is not supported: only SentencePiece BPE "
-            "(tokenizer.model) and llama2.c (tok*.bin) tokenizers are");
+            "INVALID_ARGUMENT: DIR/tokenizer.json: model is missing");
   EXPECT_EQ(LoadTokenizer(folder.Join("nowhere")).status().code(), absl::StatusCode::kNotFound);
 }
 
