@@ -1,4 +1,4 @@
-// InfiniGen's way from thin queries to fetched rows: speculate, select_top, gather_rows, and the
+// InfiniGen's way from thin queries to fetched rows: speculate, gather_rows, and the
 // ring's copy_tile.
 #include <algorithm>
 #include <cmath>
@@ -96,51 +96,6 @@ TEST(Speculate, InfiniteAlphaCountsEverything) {
   EXPECT_EQ(args.count[0], 77);
 }
 
-TEST(SelectTop, EqualsAStableSort) {
-  Random random(3);
-  for (int round = 0; round < 200; ++round) {
-    Device device({.threads = 1});
-    constexpr int32_t kStride = 50;
-    const std::vector<int32_t> length = {static_cast<int32_t>(1 + random.Uniform(kStride)), 0, 40};
-    std::vector<float> margin(3 * 2 * kStride);
-    for (float& m : margin) m = -static_cast<float>(random.Uniform(8));  // many ties
-    std::vector<int32_t> count(6);
-    for (int32_t i = 0; i < 6; ++i) {
-      count[i] = length[i / 2] == 0 ? 0 : static_cast<int32_t>(1 + random.Uniform(length[i / 2]));
-    }
-    const std::vector<int32_t> limit = {static_cast<int32_t>(random.Uniform(30)), 5, 3};
-    const SelectTopArgs args{.selected = device.Put(std::vector<int32_t>(3, -1)),
-                             .index = device.Put(std::vector<int32_t>(3 * 2 * kStride, -1)),
-                             .index_stride = kStride,
-                             .margin = device.Put(margin),
-                             .margin_stride = kStride,
-                             .count = device.Put(count),
-                             .length = device.Put(length),
-                             .limit = device.Put(limit),
-                             .row_active = device.Put(std::vector<int32_t>{1, 1, 0}),
-                             .rows = 3,
-                             .kv_heads = 2};
-    device.backend.SelectTop(args, Stream::kCompute);
-    ASSERT_TRUE(device.backend.WaitAll().ok());
-    const int32_t expected = std::max(1, std::min((count[0] + count[1]) / 2, limit[0]));
-    EXPECT_EQ(args.selected[0], expected);
-    EXPECT_EQ(args.selected[1], 0) << "nothing stored";
-    EXPECT_EQ(args.selected[2], 0) << "inactive";
-    for (int32_t head = 0; head < 2; ++head) {
-      const float* const line = margin.data() + head * kStride;
-      std::vector<int32_t> order(length[0]);
-      std::iota(order.begin(), order.end(), 0);
-      std::stable_sort(order.begin(), order.end(),
-                       [&](int32_t a, int32_t b) { return line[a] > line[b]; });
-      order.resize(expected);
-      std::sort(order.begin(), order.end());
-      const int32_t* const index = args.index + head * kStride;
-      EXPECT_EQ(std::vector<int32_t>(index, index + expected), order);
-      EXPECT_EQ(index[expected], -1) << "written past the selection";
-    }
-  }
-}
-
 std::vector<float> Row(const KvView& view, const std::byte* pool, int64_t row, int64_t slot,
                        int64_t head, int32_t d) {
   std::vector<float> values(d);
@@ -173,10 +128,10 @@ TEST(GatherRows, BringsTheSelectedRowsAndCountsTheirBytes) {
                                   .tier = Tier::kHost});
     const Cache buffer = MakeCache(
         device, random, {.lengths = {6, 6, 6}, .kv_heads = 2, .block_size = 4, .dtype = dtype});
-    const std::vector<int32_t> selected = {3, 2, 5};
+    const std::vector<int32_t> selected = {3, 1, 2, 2, 5, 0};  // by row and head
     std::vector<int32_t> index(3 * 2 * 8, -1);
     for (int32_t pair = 0; pair < 6; ++pair) {
-      for (int32_t j = 0; j < selected[pair / 2]; ++j) {
+      for (int32_t j = 0; j < selected[pair]; ++j) {
         index[pair * 8 + j] = static_cast<int32_t>(random.Uniform(pool.shape.lengths[pair / 2]));
       }
     }
@@ -194,11 +149,11 @@ TEST(GatherRows, BringsTheSelectedRowsAndCountsTheirBytes) {
                               Stream::kHostToDevice);
     ASSERT_TRUE(device.backend.WaitAll().ok());
     EXPECT_EQ(device.backend.link_bytes_to_device() - before,
-              static_cast<uint64_t>((3 + 5) * 2 * 2 * 8 * DTypeBytes(dtype)));
+              static_cast<uint64_t>((3 + 1 + 5 + 0) * 2 * 8 * DTypeBytes(dtype)));
     EXPECT_EQ(device.backend.link_bytes_to_host(), to_host);
     for (int32_t row : {0, 2}) {
       for (int32_t head = 0; head < 2; ++head) {
-        for (int32_t j = 0; j < selected[row]; ++j) {
+        for (int32_t j = 0; j < selected[row * 2 + head]; ++j) {
           ExpectSlot(buffer, row, j, pool, row, index[(row * 2 + head) * 8 + j], head);
         }
       }
