@@ -1,6 +1,7 @@
 #include "kernels/step_state.h"
 
 #include "base/check.h"
+#include "base/planted_bug.h"
 #include "base/status_macros.h"
 
 namespace kvsweep {
@@ -22,8 +23,13 @@ StepState::Field StepState::Add(int64_t count) {
   KVSWEEP_CHECK(device_ == nullptr) << "Add after Build";
   KVSWEEP_CHECK_GE(count, 0);
   const Field field{.offset = size_, .count = count};
-  size_ += (count + kFieldAlignment - 1) / kFieldAlignment * kFieldAlignment;
+  size_ += static_cast<int64_t>(FieldBytes(count) / sizeof(int32_t));
   return field;
+}
+
+uint64_t StepState::FieldBytes(int64_t count) {
+  const int64_t padded = (count + kFieldAlignment - 1) / kFieldAlignment * kFieldAlignment;
+  return static_cast<uint64_t>(padded) * sizeof(int32_t);
 }
 
 absl::Status StepState::Build(int copies) {
@@ -43,7 +49,7 @@ absl::Status StepState::Build(int copies) {
 absl::Status StepState::Begin() {
   KVSWEEP_CHECK(!copies_.empty()) << "Begin before Build";
   KVSWEEP_CHECK_EQ(open_, -1) << "Begin twice";
-  RETURN_IF_ERROR(backend_->Wait(copies_[next_].read));
+  if (!BugPlanted("pinned_copy_reused")) RETURN_IF_ERROR(backend_->Wait(copies_[next_].read));
   open_ = next_;
   next_ = (next_ + 1) % static_cast<int>(copies_.size());
   return absl::OkStatus();

@@ -32,6 +32,8 @@ class StepState {
 
   // REQUIRES: Build has not been called. count int32 values, aligned to 64 bytes.
   Field Add(int64_t count);
+  // Device bytes that Add(count) takes.
+  static uint64_t FieldBytes(int64_t count);
 
   // Allocates the device buffer and the pinned copies (`copies` >= 2).
   absl::Status Build(int copies = 3);

@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/clock.h"
 
 namespace kvsweep::cpu {
 namespace {
@@ -160,6 +161,20 @@ void StreamScheduler::RunUntil(Event event) {
   host_ns_ = std::max(host_ns_, record_[record].time_ns);
 }
 
+bool StreamScheduler::Reached(Event event) {
+  KVSWEEP_CHECK(capture_ == nullptr) << "Reached inside a capture";
+  const int32_t record = event_record_.at(static_cast<size_t>(event.index));
+  if (record < 0) return true;
+  while (!record_[record].reached) KVSWEEP_CHECK(RunOne()) << "no stream can go on";
+  return record_[record].time_ns <= host_ns_;
+}
+
+const StreamScheduler::Record& StreamScheduler::ReachedRecord(Event event) const {
+  const int32_t record = event_record_.at(static_cast<size_t>(event.index));
+  KVSWEEP_CHECK(record >= 0 && record_[record].reached) << "event " << event.index;
+  return record_[record];
+}
+
 void StreamScheduler::RunAll() {
   KVSWEEP_CHECK(capture_ == nullptr) << "WaitAll inside a capture";
   while (RunOne()) {
@@ -258,6 +273,7 @@ void StreamScheduler::RunEntry(const Entry& entry, std::vector<Record>& records,
   } else if (const RecordEntry* const record = std::get_if<RecordEntry>(&entry.what)) {
     records[record->record].reached = true;
     records[record->record].time_ns = clock_ns;
+    records[record->record].wall_ns = RealClock::Get().NowNs();
   } else {
     const WaitEntry& wait = std::get<WaitEntry>(entry.what);
     clock_ns = std::max(clock_ns, records[wait.record].time_ns);

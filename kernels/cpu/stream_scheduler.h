@@ -64,6 +64,13 @@ class StreamScheduler {
   // Runs work until the event's latest record is reached, or until nothing is left.
   void RunUntil(Event event);
   void RunAll();
+  // Runs work until the event's latest record is reached, without the host waiting: whether that lies
+  // in its modelled past.
+  bool Reached(Event event);
+
+  // When the event's latest record was reached, in modelled time and by the clock. REQUIRES: it was.
+  double ModelledNs(Event event) const { return ReachedRecord(event).time_ns; }
+  double WallNs(Event event) const { return static_cast<double>(ReachedRecord(event).wall_ns); }
 
   // The modelled instant at which the host's last wait ended.
   double host_ns() const { return host_ns_; }
@@ -92,6 +99,7 @@ class StreamScheduler {
   struct Record {
     bool reached = false;
     double time_ns = 0;
+    int64_t wall_ns = 0;
     int32_t references = 0;
   };
 
@@ -123,6 +131,7 @@ class StreamScheduler {
     int64_t sequence = 0;
   };
 
+  const Record& ReachedRecord(Event event) const;
   void Push(Entry entry, Stream stream);
   int32_t NewRecord();
   void Release(int32_t record);

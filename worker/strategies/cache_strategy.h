@@ -35,6 +35,9 @@ using RequestId = int32_t;
 struct RequestShape {
   int32_t prompt_tokens = 0;
   int32_t max_tokens = 0;  // output tokens at most
+  // Prompt and true output, which no server knows: for controls and fidelity runs alone (paged's
+  // reservations oracle and pow2, budget_base: final). 0: not known.
+  int32_t oracle_tokens = 0;
   int32_t limit() const { return prompt_tokens + max_tokens; }
 };
 
@@ -56,6 +59,12 @@ enum class PreemptionMode {
   kOffload,    // the device part is dropped and brought back from the host: the state is preserved
 };
 
+// Which running request loses its memory first. Ties, and kLastIn itself: the last admitted.
+enum class VictimRule { kLastIn, kLeastComputed, kMostBlocks };
+
+// Token ids of a request, prompt and output so far.
+using TokenReader = std::function<std::span<const int32_t>(RequestId)>;
+
 // Decides over memory: may a request enter, may it grow, what frees how much. Plain values, no
 // tensors, no clock; not thread-safe. Reserved bytes never exceed the budgets of the arm, in-use
 // plus free is constant, and every byte stands in the strategy's formula.
@@ -64,6 +73,9 @@ enum class PreemptionMode {
 // the last chunk of its prompt, then Grow for each decode step, Release. Preempt takes the memory
 // away: after kRecompute (and for every arm before the end of a prompt) the request is as if never
 // admitted; after kOffload it waits for Resume.
+//
+// Optional parts, for managers that have them: cached prefixes (ReadTokensFrom, FindCached), copies
+// that take their time (Arrived), forks (can_fork, Fork).
 class KvManager {
  public:
   virtual ~KvManager() = default;
@@ -91,9 +103,34 @@ class KvManager {
   virtual bool host_is_short() const { return false; }
   // Frees the device memory of a request whose prompt has ended (kOffload) or all of its memory.
   virtual void Preempt(RequestId request) = 0;
+  // kOffload: whether there is room on the host for what Preempt would keep of the request; if not,
+  // it is released and computed again.
+  virtual bool CanOffload(RequestId /*request*/) const { return true; }
   // kOffload: takes device memory again for a preempted request that will hold `tokens` tokens.
   // False: later.
   virtual bool Resume(RequestId request, int32_t tokens) = 0;
+  // After Resume: the request's state is on the device, so that a step which decodes it waits for no
+  // copy. A step may decode it before; the strategy then makes the step wait.
+  virtual bool Arrived(RequestId /*request*/) const { return true; }
+  // Rule by which the batcher chooses whom to preempt.
+  virtual VictimRule victim_rule() const { return VictimRule::kLastIn; }
+
+  // Where to read the tokens of the requests; set by the engine before the first Admit. Without it
+  // nothing is found in a cache.
+  virtual void ReadTokensFrom(TokenReader /*tokens*/) {}
+  // Tokens at the beginning of the request's prompt that are in the cache already, at most
+  // prompt_tokens - 1. If the manager's next call is Admit of the same request, that takes them over
+  // (its `tokens` include them) and they need not be computed.
+  virtual int32_t FindCached(RequestId /*request*/, const RequestShape& /*shape*/) { return 0; }
+
+  // Whether continuations of one prompt can share its memory.
+  virtual bool can_fork() const { return false; }
+  // `child` begins with what `parent` holds, sharing it; nothing is taken. REQUIRES: can_fork(), the
+  // parent's prompt has just ended, the child is not held.
+  virtual void Fork(RequestId /*parent*/, RequestId /*child*/) {}
+
+  // A measurement begins and no request is held: forgets cached content, counts from zero.
+  virtual void BeginMeasurement() {}
 
   // Reserved now, fixed bytes included.
   virtual TierBytes ReservedBytes() const = 0;
@@ -118,14 +155,15 @@ struct ModelShape {
   int32_t head_dim = 0;     // d
   int32_t max_positions = 0;
   bool rotary = false;
-  float rope_theta = 10000.0f;
-  float attention_scale() const;  // 1 / sqrt(d)
+  const float* inverse_frequency = nullptr;  // [d/2], device; of rotary models (RotaryArgs)
+  float attention_scale() const;             // 1 / sqrt(d)
 };
 
 // Read-only access to a layer's query projection, for speculation.
 struct QueryWeights {
-  const float* weight = nullptr;  // [Hq * d, D]
-  const float* bias = nullptr;    // [Hq * d] or nullptr
+  const void* weight = nullptr;  // [Hq * d, D], device, of the backend's weight type; the key
+                                 // projection, [Hk * d, D], lies right behind it
+  const float* bias = nullptr;   // [Hq * d] or nullptr, device; the keys' likewise
 };
 
 // One sequence's share of a step.
@@ -139,10 +177,19 @@ struct Segment {
   bool resumed = false;        // decode: first step after a kOffload preemption
 };
 
+// Another continuation of a prompt that ends in this step: its first token is sampled from the
+// prompt's last row too.
+struct SampleStart {
+  RequestId request = 0;
+  int32_t slot = 0;
+  int32_t prefill = 0;  // index of the prompt's segment
+};
+
 // What a step computes. Valid from BeginStep to EndStep.
 struct StepView {
   std::span<const Segment> decode;  // rows 0 .. decode.size() - 1
   std::span<const Segment> prefill;
+  std::span<const SampleStart> samples;
   int32_t decode_rows = 0;  // decode.size() padded to the captured size
   int32_t rows = 0;         // all rows: decode_rows plus the prefill rows
   bool captured = false;    // only decode rows, replayed from a graph: once it is captured,
@@ -184,6 +231,8 @@ class CacheStrategy {
   // Chunk borders of a prompt fall on multiples of this.
   virtual int32_t chunk_alignment() const { return 1; }
 
+  // Whether decode steps may be captured; false: every step is enqueued anew.
+  virtual bool capturable() const { return true; }
   // A number that a captured step depends on beside its padded size, e.g. a count of tiles that
   // depends on the longest sequence.
   virtual int32_t GraphKey(const StepView& /*step*/) const { return 0; }
@@ -200,6 +249,11 @@ class CacheStrategy {
                       const Activations& out) = 0;
   // After the last layer; enqueues prunes of finished prompts and whatever must be read back.
   virtual void EndStep(const StepView& step) = 0;
+  // After the step has been waited for. Copies on other streams may still be under way; their events
+  // can be asked for here.
+  virtual void StepDone() {}
+  // A measurement begins and no request is held: counts from zero.
+  virtual void BeginMeasurement() { manager().BeginMeasurement(); }
 
   // Bytes that EndStep has the host read for its counts: control, not the cache's traffic.
   virtual uint64_t ReadbackBytes(const StepView& /*step*/) const { return 0; }
@@ -227,16 +281,20 @@ class CacheStrategy {
     double value = 0;
   };
   virtual std::vector<Figure> Figures() const { return {}; }
+  // Quality trials call it before the first step: from then on the strategy may spend time on
+  // figures about the quality of its choices.
+  virtual void Diagnose() {}
 };
 
 struct Skewing;
 
-// What an arm's memory depends on, beside its parameters: plain numbers, so that a strategy's manager
-// (and with it every byte that it will take) can be had without a backend.
+// What an arm's memory depends on, beside its parameters: plain numbers, so that a strategy's
+// manager (and with it every byte that it will take) can be had without a backend.
 struct StrategySizes {
   ModelShape shape;
   DType kv_dtype = DType::kF32;
   DType activation_dtype = DType::kF32;  // of the backend
+  DType weight_dtype = DType::kF32;      // likewise
   uint64_t device_bytes = 0;             // budgets of the arm
   uint64_t host_bytes = 0;
   int32_t max_sequences = 0;    // sequence slots

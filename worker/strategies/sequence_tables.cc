@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "base/planted_bug.h"
 
 namespace kvsweep {
 
@@ -14,6 +15,12 @@ SequenceTables::SequenceTables(const StrategyContext& context, int32_t max_pages
   length_ = state_->Add(rows);
   token_row_ = state_->Add(context.max_rows);
   token_slot_ = state_->Add(context.max_rows);
+}
+
+uint64_t SequenceTables::Bytes(const StrategySizes& sizes, int32_t max_pages) {
+  const int64_t rows = int64_t{sizes.max_decode_rows} + sizes.max_sequences;
+  return StepState::FieldBytes(rows * max_pages) + StepState::FieldBytes(rows) +
+         2 * StepState::FieldBytes(sizes.max_rows);
 }
 
 void SequenceTables::Clear(const StepView& step) {
@@ -35,8 +42,13 @@ void SequenceTables::SetTokens(const Segment& segment, int32_t row, int32_t firs
   for (int32_t i = 0; i < segment.rows; ++i) {
     const auto token = static_cast<size_t>(segment.first_row + i);
     state_->Host(token_row_)[token] = row;
-    state_->Host(token_slot_)[token] = first_slot + i;
+    state_->Host(token_slot_)[token] = first_slot + i + (BugPlanted("slot_off_by_one") ? 1 : 0);
   }
+}
+
+void SequenceTables::SetToken(int32_t token, int32_t row, int32_t slot) {
+  state_->Host(token_row_)[static_cast<size_t>(token)] = row;
+  state_->Host(token_slot_)[static_cast<size_t>(token)] = slot;
 }
 
 }  // namespace kvsweep

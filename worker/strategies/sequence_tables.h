@@ -17,6 +17,8 @@ class SequenceTables {
  public:
   // Registers its arrays with the context's step state. A row names at most `max_pages` pages.
   SequenceTables(const StrategyContext& context, int32_t max_pages);
+  // Device bytes of these arrays.
+  static uint64_t Bytes(const StrategySizes& sizes, int32_t max_pages);
 
   // Block table row of prefill segment `index`; decode row b has row b.
   int32_t PrefillRow(size_t index) const { return decode_rows_ + static_cast<int32_t>(index); }
@@ -28,6 +30,8 @@ class SequenceTables {
   void SetRow(int32_t row, std::span<const PageIndex> pages, int32_t length);
   // The segment's tokens go to slots `first_slot`, first_slot + 1, … of table row `row`.
   void SetTokens(const Segment& segment, int32_t row, int32_t first_slot);
+  // One token of the step, likewise; row -1: it is not stored.
+  void SetToken(int32_t token, int32_t row, int32_t slot);
 
   const int32_t* pages() const { return state_->Device(pages_); }  // [rows, max_pages]
   int32_t max_pages() const { return max_pages_; }
