@@ -1,0 +1,207 @@
+// Operations that only move numbers, within a tier and between tiers: every byte must be the same.
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "tests/kernels/conformance/conformance.h"
+
+namespace kvsweep {
+namespace {
+
+Outcome GatherCase(Side& side, Random& random) {
+  ViewShape source_shape;
+  source_shape.kv_heads = Pick(random, {1, 2, 8});
+  source_shape.head_dim = Pick(random, {5, 8, 40, 64, 128});
+  source_shape.block_size = Pick(random, {4, 16, 64});
+  source_shape.dtype = PickKvType(random);
+  source_shape.layout = Between(random, 0, 2);
+  source_shape.tier = random.Bernoulli(0.5) ? Tier::kHost : Tier::kDevice;
+  source_shape.lengths = Pick<std::vector<int32_t>>(random, {{1}, {17, 40}, {300, -1, 64}, {900}});
+  const View source = MakeView(side, random, source_shape);
+  ViewShape target_shape = source_shape;
+  target_shape.tier = Tier::kDevice;
+  target_shape.block_size = Pick(random, {16, 48});
+  target_shape.layout = Between(random, 0, 1);
+  target_shape.table = random.Bernoulli(0.5);
+  const int32_t rows = static_cast<int32_t>(source_shape.lengths.size());
+  const int32_t kv_heads = source_shape.kv_heads;
+  target_shape.lengths.assign(rows, 0);
+  target_shape.room = 256;
+  const View target = MakeView(side, random, target_shape);
+
+  GatherRowsArgs args;
+  args.target = target.view;
+  args.source = source.view;
+  args.rows = rows;
+  args.kv_heads = kv_heads;
+  args.head_dim = source_shape.head_dim;
+  args.index_stride = 200;
+  std::vector<int32_t> selected(rows * kv_heads);
+  std::vector<int32_t> index(selected.size() * args.index_stride, -1);
+  for (int32_t pair = 0; pair < rows * kv_heads; ++pair) {
+    const int32_t length = std::max(source_shape.lengths[pair / kv_heads], 0);
+    selected[pair] = length == 0 ? 0 : Between(random, 0, std::min(length, 200));
+    for (int32_t j = 0; j < selected[pair]; ++j) {
+      index[pair * args.index_stride + j] = Between(random, 0, length - 1);
+    }
+    std::sort(index.begin() + pair * args.index_stride,
+              index.begin() + pair * args.index_stride + selected[pair]);
+  }
+  args.selected = side.Put(selected);
+  args.index = side.Put(index);
+  std::vector<int32_t> active(rows, 1);
+  if (random.Bernoulli(0.3)) {
+    for (int32_t& flag : active) flag = random.Bernoulli(0.6) ? 1 : 0;
+    args.row_active = side.Put(active);
+  }
+  side.Finish();
+  side.backend().GatherRows(args, Stream::kHostToDevice);
+  side.Finish();
+  Outcome outcome;
+  outcome.shape = absl::StrCat("lengths ", Join(source_shape.lengths), " d ", args.head_dim, " ",
+                               DTypeName(source_shape.dtype), " active ", Join(active),
+                               source_shape.tier == Tier::kHost ? " host" : "");
+  outcome.Add("target", PoolBytes(side, target));
+  return outcome;
+}
+
+Outcome CopyTileCase(Side& side, Random& random) {
+  ViewShape source_shape;
+  source_shape.kv_heads = Pick(random, {1, 2, 8});
+  source_shape.head_dim = Pick(random, {5, 8, 64, 128});
+  source_shape.block_size = Pick(random, {4, 16, 64});
+  source_shape.dtype = PickKvType(random);
+  source_shape.layout = Between(random, 0, 2);
+  source_shape.tier = random.Bernoulli(0.5) ? Tier::kHost : Tier::kDevice;
+  source_shape.lengths =
+      Pick<std::vector<int32_t>>(random, {{1}, {0, 17, 40}, {300, -1, 64}, {500}});
+  const View source = MakeView(side, random, source_shape);
+  CopyTileArgs args;
+  args.first_token = Pick(random, {0, 0, 1, 32, 100});
+  args.tokens = Pick(random, {0, 1, 31, 64, 200});
+  args.rows = static_cast<int32_t>(source_shape.lengths.size());
+  args.kv_heads = source_shape.kv_heads;
+  args.head_dim = source_shape.head_dim;
+  if (random.Bernoulli(0.3)) {
+    args.row = static_cast<int32_t>(random.Uniform(args.rows));
+    args.row_tokens = std::max(source_shape.lengths[args.row], 0);
+  }
+  ViewShape target_shape = source_shape;
+  target_shape.tier = Tier::kDevice;
+  target_shape.block_size = Pick(random, {16, 48});
+  target_shape.layout = Between(random, 0, 1);
+  target_shape.table = random.Bernoulli(0.5);
+  target_shape.lengths.assign(args.rows, 0);
+  target_shape.room = 256;
+  const View target = MakeView(side, random, target_shape);
+  args.target = target.view;
+  args.source = source.view;
+  std::vector<int32_t> active(args.rows, 1);
+  if (random.Bernoulli(0.3)) {
+    for (int32_t& flag : active) flag = random.Bernoulli(0.6) ? 1 : 0;
+    args.row_active = side.Put(active);
+  }
+  side.Finish();
+  side.backend().CopyTile(args, Stream::kHostToDevice);
+  side.Finish();
+  Outcome outcome;
+  outcome.shape = absl::StrCat("lengths ", Join(source_shape.lengths), " first ", args.first_token,
+                               " tokens ", args.tokens, " row ", args.row, " d ", args.head_dim,
+                               " ", DTypeName(source_shape.dtype), " active ", Join(active));
+  outcome.Add("target", PoolBytes(side, target));
+  return outcome;
+}
+
+Outcome AppendCase(Side& side, Random& random) {
+  ViewShape shape;
+  shape.kv_heads = Pick(random, {1, 2, 8});
+  shape.head_dim = Pick(random, {5, 8, 40, 64, 128});
+  shape.block_size = Pick(random, {4, 16, 64});
+  shape.dtype = PickKvType(random);
+  shape.layout = Between(random, 0, 2);
+  shape.with_values = shape.layout == 2 || random.Bernoulli(0.8);
+  shape.tier = random.Bernoulli(0.3) ? Tier::kHost : Tier::kDevice;
+  shape.lengths = {0, 20, -1, 64};
+  shape.room = 70;
+  const View view = MakeView(side, random, shape);
+  AppendArgs args;
+  args.target = view.view;
+  args.rows = Pick(random, {1, 2, 33, 64});
+  args.kv_heads = shape.kv_heads;
+  args.head_dim = shape.head_dim;
+  std::vector<int32_t> table_row(args.rows);
+  std::vector<int32_t> slot(args.rows);
+  for (int32_t t = 0; t < args.rows; ++t) {
+    table_row[t] = Pick(random, {0, 1, 3, -1});
+    slot[t] = t;  // no two tokens in one place
+  }
+  const int64_t width = int64_t{shape.kv_heads} * shape.head_dim;
+  const int64_t padding = Pick<int64_t>(random, {3, 8});
+  args.key = side.PutRows(ExactFloats(random, args.rows * width), args.rows, width, padding);
+  args.value = side.PutRows(ExactFloats(random, args.rows * width), args.rows, width, padding);
+  args.table_row = side.Put(table_row);
+  args.slot = side.Put(slot);
+  side.Finish();
+  side.backend().Append(args, Stream::kDeviceToHost);
+  side.Finish();
+  Outcome outcome;
+  outcome.shape = absl::StrCat("rows ", args.rows, " Hk ", shape.kv_heads, " d ", shape.head_dim,
+                               " ", DTypeName(shape.dtype), " layout ", shape.layout,
+                               shape.tier == Tier::kHost ? " host" : "");
+  outcome.Add("pool", PoolBytes(side, view));
+  return outcome;
+}
+
+Outcome CopyBlocksCase(Side& side, Random& random) {
+  CopyBlocksArgs args;
+  args.block_bytes = Pick<int64_t>(random, {16, 48, 4096, 100000});
+  args.block_bytes = args.block_bytes / 16 * 16;
+  const int32_t blocks = 12;
+  const Tier source_tier = random.Bernoulli(0.4) ? Tier::kHost : Tier::kDevice;
+  const Tier target_tier = random.Bernoulli(0.4) ? Tier::kHost : Tier::kDevice;
+  std::vector<int32_t> bytes(blocks * args.block_bytes / 4);
+  for (int32_t& word : bytes) word = static_cast<int32_t>(random.Next64());
+  args.source = reinterpret_cast<std::byte*>(side.Put(bytes, source_tier));
+  int32_t* const target = side.Room<int32_t>(static_cast<int64_t>(bytes.size()), target_tier);
+  args.target = reinterpret_cast<std::byte*>(target);
+  args.count = Between(random, 0, blocks);
+  std::vector<int32_t> order(blocks);
+  for (int32_t i = 0; i < blocks; ++i) order[i] = i;
+  random.Shuffle(std::span<int32_t>(order));
+  std::vector<int32_t> pair;
+  for (int32_t i = 0; i < args.count; ++i) {
+    pair.push_back(Between(random, 0, blocks - 1));
+    pair.push_back(order[i]);
+  }
+  args.pair = side.Put(pair);
+  side.backend().CopyBlocks(args, Stream::kCompute);
+  Outcome outcome;
+  outcome.shape = absl::StrCat("bytes ", args.block_bytes, " count ", args.count);
+  outcome.Add("target", side.Get(target, static_cast<int64_t>(bytes.size())));
+  return outcome;
+}
+
+Outcome RepeatCase(Side& side, Random& random) {
+  RepeatHeadsArgs args;
+  args.repeat = Pick(random, {1, 2, 3, 4, 8});
+  args.heads = Pick(random, {1, 2, 5});
+  args.head_dim = Pick(random, {5, 8, 64, 128});
+  args.rows = Pick(random, {1, 2, 33});
+  const int64_t width = int64_t{args.heads} * args.head_dim;
+  const int64_t padding = Pick<int64_t>(random, {3, 8});
+  args.in = side.PutRows(ExactFloats(random, args.rows * width), args.rows, width, padding);
+  args.out = side.RoomRows(args.rows, width * args.repeat, padding);
+  side.backend().RepeatHeads(args, Stream::kCompute);
+  Outcome outcome;
+  outcome.shape = absl::StrCat("repeat ", args.repeat, " heads ", args.heads, " d ", args.head_dim);
+  outcome.Add("out", side.GetRows(args.out, args.rows, width * args.repeat), 0, 0);
+  return outcome;
+}
+
+TEST(Conformance, GatherRows) { Conform("GatherRows", 300, GatherCase); }
+TEST(Conformance, CopyTile) { Conform("CopyTile", 250, CopyTileCase); }
+TEST(Conformance, Append) { Conform("Append", 250, AppendCase); }
+TEST(Conformance, CopyBlocks) { Conform("CopyBlocks", 100, CopyBlocksCase); }
+TEST(Conformance, RepeatHeads) { Conform("RepeatHeads", 100, RepeatCase); }
+
+}  // namespace
+}  // namespace kvsweep
