@@ -374,6 +374,16 @@ TrialSpec Matrix::QualityTrial(size_t arm, uint64_t cell) const {
   trial.mutable_engine()->set_backend(load.engine().backend());
   trial.mutable_engine()->set_batch_invariant(load.engine().batch_invariant());
   ApplyDefaults(trial.mutable_engine());
+  if (trial.arm().has_infinigen()) {
+    // What the arm calibrates itself on belongs to the arm: the load's text, whatever is scored.
+    if (load.load().has_text() && load.load().text() != trial.quality().text()) {
+      trial.mutable_load()->set_text(load.load().text());
+    }
+    if (trial.arm().infinigen().prefill_history() == Infinigen::PREFILL_HISTORY_WHOLE) {
+      trial.mutable_engine()->set_max_num_batched_tokens(
+          std::max(trial.engine().max_num_batched_tokens(), trial.quality().context()));
+    }
+  }
   *trial.mutable_limits() = load.limits();
   AddReferences(inputs_, &trial);
   return trial;

@@ -423,18 +423,20 @@ void AddCache(std::vector<Entry>* table) {
       [](const Digested& t) {
         return Computed(SumRows(t, [](const RequestRow& row) { return row.entries_fetched(); }));
       });
-  add({"attended_fraction", "", kNeutral, "sum(entries_attended) / sum(entries_full)",
-       "Entries that attention read, of those of a full cache; decode steps only. The common axis "
-       "of sparsity."},
-      [](const Digested& t) {
-        return Divide(SumCompleted(t, [](const RequestRow& row) { return row.entries_attended(); }),
-                      SumCompleted(t, [](const RequestRow& row) { return row.entries_full(); }),
-                      "no decode step");
-      });
+  add({"attended_fraction", "", kNeutral, "counter attended_fraction",
+       "Entries that attention read, of the tokens so far; mean over decode steps, layers and KV "
+       "heads. The common axis of sparsity."},
+      [](const Digested& t) { return CounterValue(t, recorded::kAttendedFraction); });
+  add({"attended_fraction_beyond_full", "", kNeutral, "counter attended_fraction_beyond_full",
+       "The same over the layers that the arm does not keep in full by its own parameters."},
+      [](const Digested& t) { return CounterValue(t, recorded::kAttendedBeyondFull); });
   add({"preemptions", "", kLower, "sum(preemptions)", "Times a running request was set back."},
       [](const Digested& t) {
         return Computed(SumRows(t, [](const RequestRow& row) { return row.preemptions(); }));
       });
+  add({"memory_short_steps", "", kLower, "counter memory_short_steps",
+       "Steps in which a request lost its place, or waited for one, for lack of KV memory."},
+      [](const Digested& t) { return CounterValue(t, recorded::kMemoryShortSteps); });
   add({"recomputed_tokens", "tokens", kLower, "sum(recomputed_tokens)",
        "Tokens computed again after a preemption."},
       [](const Digested& t) {
@@ -607,6 +609,13 @@ const std::vector<MetricInfo>& QualityMetrics() {
     AddQualityInfo("dropped_", ", over positions after something was dropped", &infos);
     infos.push_back({"quality_attended_fraction", "", kNeutral, "mean over windows, by tokens",
                      "Attended fraction during the quality trial."});
+    infos.push_back({"passkey_recall", "", kHigher, "count(recalled) / count(pass keys)",
+                     "Pass keys of which the arm gave every digit that counts."});
+    infos.push_back({"passkey_reference_recall", "", kNeutral,
+                     "count(reference_recalled) / count(pass keys)",
+                     "The same of the full cache: what this model can do at all."});
+    infos.push_back({"passkey_digit_accuracy", "", kHigher, "sum(correct_digits) / sum(digits)",
+                     "Digits of pass keys that were right in place; 0.1 is chance."});
     return infos;
   }();
   return metrics;
@@ -628,7 +637,8 @@ std::vector<SummaryMetric> Summarise(const TrialRecords& records) {
   return summary;
 }
 
-std::vector<SummaryMetric> SummariseQuality(std::span<const QualityRow> windows) {
+std::vector<SummaryMetric> SummariseQuality(std::span<const QualityRow> windows,
+                                            std::span<const PasskeyRow> passkeys) {
   std::vector<Computed> values;
   AddQualityValues(Add(windows, /*dropped=*/false), "no scored position", &values);
   AddQualityValues(Add(windows, /*dropped=*/true), "nothing was dropped", &values);
@@ -639,6 +649,20 @@ std::vector<SummaryMetric> SummariseQuality(std::span<const QualityRow> windows)
     tokens += row.scored_tokens();
   }
   values.push_back(Divide(attended, tokens, "no scored position"));
+  double recalled = 0;
+  double reference_recalled = 0;
+  double correct = 0;
+  double digits = 0;
+  for (const PasskeyRow& row : passkeys) {
+    recalled += row.recalled();
+    reference_recalled += row.reference_recalled();
+    correct += row.correct_digits();
+    digits += row.digits();
+  }
+  const auto asked = static_cast<double>(passkeys.size());
+  values.push_back(Divide(recalled, asked, "no pass key was asked for"));
+  values.push_back(Divide(reference_recalled, asked, "no pass key was asked for"));
+  values.push_back(Divide(correct, digits, "no pass key was asked for"));
   std::vector<SummaryMetric> summary;
   for (size_t i = 0; i < values.size(); ++i) {
     summary.push_back(ToSummary(QualityMetrics()[i], values[i]));

@@ -35,7 +35,12 @@ inline constexpr char kKvBytesHostToDevice[] = "kv_bytes_h2d";        // counter
 inline constexpr char kKvBytesDeviceToHost[] = "kv_bytes_d2h";        // counter
 inline constexpr char kTransferNs[] = "transfer_ns";  // counter: time the host link was busy for KV
 inline constexpr char kTransferExposedNs[] =
-    "transfer_exposed_ns";                 // counter: of it, time that compute waited
+    "transfer_exposed_ns";  // counter: of it, time that compute waited
+inline constexpr char kAttendedFraction[] = "attended_fraction";  // counter: all layers, and each
+inline constexpr char kAttendedBeyondFull[] =
+    "attended_fraction_beyond_full";  // counter: mean over the layers that are not kept in full
+inline constexpr char kMemoryShortSteps[] =
+    "memory_short_steps";  // counter: a request left, or could not enter, for lack of KV memory
 inline constexpr char kSteps[] = "steps";  // counter: engine steps
 inline constexpr char kKvDeviceBytes[] =
     "kv_device_bytes";                                   // sample: reserved for KV on the device
@@ -82,9 +87,11 @@ const MetricInfo* FindMetric(absl::string_view name);
 std::vector<SummaryMetric> Summarise(const TrialRecords& records);
 
 // What quality trials are summed up to: ppl, reference_ppl, kl, top1_agreement, and the same over
-// the positions after something was dropped (`dropped_…`); quality_attended_fraction.
+// the positions after something was dropped (`dropped_…`); quality_attended_fraction; recall of
+// pass keys.
 const std::vector<MetricInfo>& QualityMetrics();
-std::vector<SummaryMetric> SummariseQuality(std::span<const QualityRow> windows);
+std::vector<SummaryMetric> SummariseQuality(std::span<const QualityRow> windows,
+                                            std::span<const PasskeyRow> passkeys);
 
 // Whether the strategy did what it is named for, judged by the rows that it marked.
 enum class Engagement { kNoRule, kEngaged, kNotEngaged };

@@ -11,12 +11,10 @@
 #include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/text.h"
+#include "experiments/spec.h"
 
 namespace kvsweep {
 namespace {
-
-// Any fixed number: the interval of a report must not change from one look to the next.
-constexpr uint64_t kBootstrapSeed = 1;
 
 std::optional<double> FindValue(const std::vector<SummaryMetric>& metrics, absl::string_view name) {
   for (const SummaryMetric& metric : metrics) {
@@ -168,6 +166,7 @@ class Comparer {
     if (!attended.empty()) compared.attended_fraction = EstimateMean(attended).mean;
     compared.quality = FindQuality(trials, compared);
     AddNotes(trials, context, &compared);
+    AddRegimeNote(trials, &compared);
     return compared;
   }
 
@@ -249,32 +248,52 @@ class Comparer {
       quality.note = absl::StrCat(OutcomeName(result.outcome), ": ", result.evidence);
       return quality;
     }
-    quality.metrics = SummariseQuality(result.windows);
+    quality.trial_id = result.trial_id;
+    quality.metrics = SummariseQuality(result.windows, result.passkeys);
     quality.windows = result.windows.size();
-    quality.kl_interval = KlInterval(result.windows);
-    if (compared.strategy == "h2o") {
-      const std::vector<double> preemptions = ValuesByRepeat(trials, "preemptions");
-      const bool preempted =
-          std::any_of(preemptions.begin(), preemptions.end(), [](double p) { return p > 0; });
-      if (preempted) {
-        quality.note =
-            "requests were preempted by recompute, which does not restore what h2o kept; the "
-            "quality under this load may differ";
-      }
-    }
+    quality.intervals = QualityIntervals(result.windows, confidence_);
+    quality.positions = QualityByPosition(result.windows, confidence_);
+    quality.recall = RecallByDepth(result.passkeys, confidence_);
+    quality.note = LoadDependence(trials);
     return quality;
   }
 
-  std::optional<Interval> KlInterval(const std::vector<QualityRow>& windows) const {
-    std::vector<double> sums;
-    std::vector<double> tokens;
-    for (const QualityRow& row : windows) {
-      if (row.scored_tokens() == 0) continue;
-      sums.push_back(row.kl_sum());
-      tokens.push_back(row.scored_tokens());
+  // Why the quality of the trial of its own need not be that of these outputs; empty: it is.
+  static std::string LoadDependence(const Trials& trials) {
+    const std::string& cause = trials.front()->load_dependence;
+    if (cause == "batch") {
+      return "count_scope: batch makes a request's output depend on its batch mates; the quality "
+             "under this load may differ";
     }
-    if (sums.size() < 2) return std::nullopt;
-    return BootstrapRatio(sums, tokens, kBootstrapSeed, 2000, confidence_);
+    if (cause == "chunks") {
+      return "prefill_evict: chunk prunes at the borders of chunks, which depend on the load; the "
+             "quality under this load may differ";
+    }
+    const std::vector<double> preemptions = ValuesByRepeat(trials, "preemptions");
+    const bool preempted =
+        std::any_of(preemptions.begin(), preemptions.end(), [](double p) { return p > 0; });
+    if (cause != "recompute" || !preempted) return "";
+    return "requests were preempted by recompute, which does not restore what h2o kept; the "
+           "quality "
+           "under this load may differ";
+  }
+
+  // Trials that did not stay in the regime that is claimed: where KV fits, and where the same
+  // requests run side by side, nobody waits for memory or is sent away.
+  void AddRegimeNote(const Trials& trials, ComparedArm* compared) const {
+    if (input_.regime == Experiment::REGIME_EQUAL_DEVICE_BYTES) return;
+    size_t left = 0;
+    for (const TrialResult* trial : trials) {
+      const auto positive = [&](absl::string_view metric) {
+        return FindValue(trial->metrics, metric).value_or(0) > 0;
+      };
+      left += trial->outcome == OUTCOME_OOM || positive("preemptions") ||
+              positive("memory_short_steps") || positive("infeasible_requests");
+    }
+    if (left == 0) return;
+    compared->notes.push_back(absl::StrCat(
+        left, " of ", trials.size(), " trial(s) left the regime ", RegimeName(input_.regime),
+        ": requests were preempted, waited for memory or could not fit"));
   }
 
   // What a reader must know before trusting the arm's figures.
@@ -357,6 +376,7 @@ absl::StatusOr<Comparison> Compare(const ReportInput& input, const CompareOption
   if (absl::Status status = CheckInput(input); !status.ok()) return status;
   Comparison comparison = {.experiment = input.experiment,
                            .model = input.model,
+                           .regime = RegimeName(input.regime),
                            .reference = input.arms[input.reference].name,
                            .metrics = options.metrics};
   if (comparison.metrics.empty()) comparison.metrics = DefaultMetrics();

@@ -54,6 +54,8 @@ struct TrialResult {
   std::vector<SummaryMetric> metrics;  // of Summarise
   Engagement engagement = Engagement::kNoRule;
   std::string quality_key;  // content key of its quality trial; empty: none
+  // What makes the arm's outputs depend on the load: "recompute", "chunks", "batch"; empty: nothing.
+  std::string load_dependence;
 };
 
 // One accepted quality trial.
@@ -63,6 +65,7 @@ struct QualityResult {
   Outcome outcome = OUTCOME_OK;
   std::string evidence;
   std::vector<QualityRow> windows;
+  std::vector<PasskeyRow> passkeys;
 };
 
 struct ReportArm {
@@ -75,6 +78,7 @@ struct ReportInput {
   std::string experiment;       // name
   std::string model;            // for the heading
   bool random_weights = false;  // quality is "none"
+  Experiment::Regime regime = Experiment::REGIME_EQUAL_DEVICE_BYTES;  // what is claimed
   uint32_t repeats = 0;         // planned
   uint64_t rounds_planned = 0;  // quality rounds included
   std::vector<ReportArm> arms;
@@ -103,13 +107,45 @@ struct ComparedMetric {
   std::string reason;
 };
 
-// Quality of one arm. Intervals by bootstrap over the windows.
-struct ComparedQuality {
-  std::vector<SummaryMetric> metrics;  // of SummariseQuality
+// Quality in one part of the windows: how it drifts along a text.
+struct PositionQuality {
+  uint32_t first_position = 0;
+  uint64_t scored_tokens = 0;
+  double ppl = 0;
+  double reference_ppl = 0;
+  double kl = 0;
   std::optional<Interval> kl_interval;
+  double top1_agreement = 0;
+};
+
+// Pass keys recalled at one depth, with Wilson's interval, beside the full cache's.
+struct DepthRecall {
+  double depth = 0;
+  uint64_t prompts = 0;
+  uint64_t recalled = 0;
+  Interval interval;
+  uint64_t reference_recalled = 0;
+  Interval reference_interval;
+};
+
+// Quality of one arm. Intervals by bootstrap over the windows; there are none of one window.
+struct ComparedQuality {
+  uint64_t trial_id = 0;
+  std::vector<SummaryMetric> metrics;         // of SummariseQuality
+  std::map<std::string, Interval> intervals;  // of metrics that have one, by name
   size_t windows = 0;
+  std::vector<PositionQuality> positions;
+  std::vector<DepthRecall> recall;
   std::string note;  // why there is none, or a mark on the figure
 };
+
+// Intervals of the quality metrics by name, the parts of a quality trial's windows, and its pass
+// keys by depth.
+std::map<std::string, Interval> QualityIntervals(const std::vector<QualityRow>& windows,
+                                                 double confidence);
+std::vector<PositionQuality> QualityByPosition(const std::vector<QualityRow>& windows,
+                                               double confidence);
+std::vector<DepthRecall> RecallByDepth(const std::vector<PasskeyRow>& passkeys, double confidence);
 
 struct ComparedArm {
   std::string arm;
@@ -132,6 +168,7 @@ struct ComparedCell {
 struct Comparison {
   std::string experiment;
   std::string model;
+  std::string regime;  // memory regime that is claimed; arms that leave it say so in their notes
   std::string reference;
   std::vector<std::string> metrics;
   std::vector<ComparedCell> cells;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -283,9 +284,104 @@ ComparedCell WithMetrics(ComparedCell cell, const std::vector<std::string>& show
   return cell;
 }
 
+// ---------------------------------------------------------------------------- quality in detail
+
+// Rows of text under a heading; the first row holds the titles.
+struct Detail {
+  std::string heading;
+  std::vector<std::vector<std::string>> rows;
+};
+
+// Arms with quality, each question once: cells and repeats share it.
+std::vector<const ComparedArm*> ArmsWithQuality(const Comparison& comparison) {
+  std::vector<const ComparedArm*> arms;
+  std::set<uint64_t> seen;
+  for (const ComparedCell& cell : comparison.cells) {
+    for (const ComparedArm& arm : cell.arms) {
+      if (!arm.quality || arm.quality->metrics.empty()) continue;
+      if (seen.insert(arm.quality->trial_id).second) arms.push_back(&arm);
+    }
+  }
+  return arms;
+}
+
+std::string IntervalText(const std::optional<Interval>& interval) {
+  if (!interval) return "";
+  return absl::StrCat(" [", Significant(interval->low, 2), ", ", Significant(interval->high, 2),
+                      "]");
+}
+
+// How each arm drifts along the windows.
+Detail PositionDetail(const std::vector<const ComparedArm*>& arms) {
+  Detail detail{"KL to the full cache (nats) by position in the window, [bootstrap interval]", {}};
+  std::set<uint32_t> starts;
+  for (const ComparedArm* arm : arms) {
+    for (const PositionQuality& part : arm->quality->positions) starts.insert(part.first_position);
+  }
+  if (starts.empty()) return detail;
+  std::vector<std::string> titles = {"arm"};
+  for (const uint32_t start : starts) titles.push_back(absl::StrCat("from ", start));
+  detail.rows.push_back(std::move(titles));
+  for (const ComparedArm* arm : arms) {
+    std::vector<std::string> row = {arm->arm};
+    for (const uint32_t start : starts) {
+      const auto& parts = arm->quality->positions;
+      const auto part = std::find_if(parts.begin(), parts.end(), [&](const PositionQuality& p) {
+        return p.first_position == start;
+      });
+      row.push_back(part == parts.end()
+                        ? "-"
+                        : absl::StrCat(Significant(part->kl, 3), IntervalText(part->kl_interval)));
+    }
+    detail.rows.push_back(std::move(row));
+  }
+  return detail;
+}
+
+std::string RecallText(uint64_t recalled, uint64_t prompts, const Interval& interval) {
+  return absl::StrCat(recalled, "/", prompts, IntervalText(interval));
+}
+
+// Pass keys by depth, the full cache's below.
+Detail RecallDetail(const std::vector<const ComparedArm*>& arms) {
+  Detail detail{"pass keys recalled by depth, [Wilson interval]", {}};
+  std::set<double> depths;
+  for (const ComparedArm* arm : arms) {
+    for (const DepthRecall& recall : arm->quality->recall) depths.insert(recall.depth);
+  }
+  if (depths.empty()) return detail;
+  std::vector<std::string> titles = {"arm"};
+  for (const double depth : depths) titles.push_back(absl::StrCat("at ", FormatNumber(depth)));
+  detail.rows.push_back(std::move(titles));
+  std::vector<std::string> full(1 + depths.size(), "-");
+  full[0] = "(full cache)";
+  for (const ComparedArm* arm : arms) {
+    std::vector<std::string> row(1 + depths.size(), "-");
+    row[0] = arm->arm;
+    for (const DepthRecall& recall : arm->quality->recall) {
+      const auto column =
+          1 + static_cast<size_t>(std::distance(depths.begin(), depths.find(recall.depth)));
+      row[column] = RecallText(recall.recalled, recall.prompts, recall.interval);
+      full[column] =
+          RecallText(recall.reference_recalled, recall.prompts, recall.reference_interval);
+    }
+    detail.rows.push_back(std::move(row));
+  }
+  detail.rows.push_back(std::move(full));
+  return detail;
+}
+
+std::vector<Detail> QualityDetails(const Comparison& comparison) {
+  const std::vector<const ComparedArm*> arms = ArmsWithQuality(comparison);
+  std::vector<Detail> details = {PositionDetail(arms), RecallDetail(arms)};
+  std::erase_if(details, [](const Detail& detail) { return detail.rows.empty(); });
+  return details;
+}
+
 std::string FormatTable(const Comparison& comparison) {
-  std::string text = absl::StrCat(comparison.experiment, " · model ", comparison.model,
-                                  " · reference ", comparison.reference, "\n");
+  std::string text =
+      absl::StrCat(comparison.experiment, " · model ", comparison.model, " · reference ",
+                   comparison.reference, " · regime ", comparison.regime, "\n");
   const std::vector<std::string> shown = ShownMetrics(comparison);
   const bool with_quality = HasQuality(comparison);
   for (const ComparedCell& cell : comparison.cells) {
@@ -297,6 +393,11 @@ std::string FormatTable(const Comparison& comparison) {
         absl::StrAppend(&text, "  ! ", arm.arm, ": ", note, "\n");
       }
     }
+  }
+  for (const Detail& detail : QualityDetails(comparison)) {
+    TextTable table;
+    for (const auto& row : detail.rows) table.AddRow(row);
+    absl::StrAppend(&text, "\n", detail.heading, "\n", table.Format("  "));
   }
   absl::StrAppend(&text, "\n✓ better than ", comparison.reference,
                   ", ✗ worse, ~ cannot tell, = the same\n");
@@ -317,7 +418,8 @@ std::string MarkdownRow(const std::vector<std::string>& cells) {
 
 std::string FormatMarkdown(const Comparison& comparison) {
   std::string text = absl::StrCat("# ", comparison.experiment, "\n\nModel ", comparison.model,
-                                  ", differences against ", comparison.reference, ".\n");
+                                  ", differences against ", comparison.reference, ", regime ",
+                                  comparison.regime, ".\n");
   const std::vector<std::string> shown = ShownMetrics(comparison);
   const bool with_quality = HasQuality(comparison);
   std::vector<std::string> titles = {"arm", "n"};
@@ -355,6 +457,13 @@ std::string FormatMarkdown(const Comparison& comparison) {
     }
     absl::StrAppend(&text, "\n");
   }
+  for (const Detail& detail : QualityDetails(comparison)) {
+    absl::StrAppend(&text, "\n## ", detail.heading, "\n\n", MarkdownRow(detail.rows[0]),
+                    MarkdownRow(std::vector<std::string>(detail.rows[0].size(), "---")));
+    for (size_t i = 1; i < detail.rows.size(); ++i) {
+      absl::StrAppend(&text, MarkdownRow(detail.rows[i]));
+    }
+  }
   for (const std::string& note : comparison.notes) absl::StrAppend(&text, "\n", note, "\n");
   return text;
 }
@@ -372,7 +481,7 @@ std::string FormatCsv(const Comparison& comparison) {
   std::string text =
       "experiment,cell,arm,strategy,metric,unit,repeats,mean,half_width,difference,"
       "difference_half_width,relative,relative_half_width,verdict,reason,engagement,outcomes,"
-      "attended_fraction,ppl,kl,top1_agreement,backend,device,driver,time_mode\n";
+      "attended_fraction,ppl,kl,top1_agreement,backend,device,driver,time_mode,regime\n";
   for (const ComparedCell& cell : comparison.cells) {
     for (const ComparedArm& arm : cell.arms) {
       for (const ComparedMetric& metric : arm.metrics) {
@@ -406,7 +515,8 @@ std::string FormatCsv(const Comparison& comparison) {
                                            cell.context.backend,
                                            cell.context.device,
                                            cell.context.driver,
-                                           cell.context.time_mode};
+                                           cell.context.time_mode,
+                                           comparison.regime};
         for (std::string& field : fields) field = CsvField(field);
         absl::StrAppend(&text, absl::StrJoin(fields, ","), "\n");
       }
@@ -418,6 +528,10 @@ std::string FormatCsv(const Comparison& comparison) {
 // -------------------------------------------------------------------------------------------- JSON
 
 Json ToJson(const std::optional<double>& value) { return value ? Json(*value) : Json(nullptr); }
+
+Json ToJson(const std::optional<Interval>& interval) {
+  return interval ? Json{interval->low, interval->high} : Json(nullptr);
+}
 
 Json ToJson(const std::optional<MeanEstimate>& estimate) {
   if (!estimate) return nullptr;
@@ -461,8 +575,25 @@ Json ToJson(const ComparedArm& arm) {
   if (arm.quality) {
     Json quality = ToJson(arm.quality->metrics);
     quality["windows"] = arm.quality->windows;
-    if (arm.quality->kl_interval) {
-      quality["kl_interval"] = {arm.quality->kl_interval->low, arm.quality->kl_interval->high};
+    for (const auto& [name, interval] : arm.quality->intervals) {
+      quality[absl::StrCat(name, "_interval")] = ToJson(interval);
+    }
+    for (const PositionQuality& part : arm.quality->positions) {
+      quality["positions"].push_back({{"first_position", part.first_position},
+                                      {"scored_tokens", part.scored_tokens},
+                                      {"ppl", part.ppl},
+                                      {"reference_ppl", part.reference_ppl},
+                                      {"kl", part.kl},
+                                      {"kl_interval", ToJson(part.kl_interval)},
+                                      {"top1_agreement", part.top1_agreement}});
+    }
+    for (const DepthRecall& recall : arm.quality->recall) {
+      quality["passkeys"].push_back({{"depth", recall.depth},
+                                     {"prompts", recall.prompts},
+                                     {"recalled", recall.recalled},
+                                     {"interval", ToJson(recall.interval)},
+                                     {"reference_recalled", recall.reference_recalled},
+                                     {"reference_interval", ToJson(recall.reference_interval)}});
     }
     if (!arm.quality->note.empty()) quality["note"] = arm.quality->note;
     json["quality"] = std::move(quality);
@@ -481,6 +612,7 @@ std::string FormatJson(const Comparison& comparison) {
   Json json = {{"experiment", comparison.experiment},
                {"model", comparison.model},
                {"reference", comparison.reference},
+               {"regime", comparison.regime},
                {"metrics", comparison.metrics}};
   json["cells"] = Json::array();
   for (const ComparedCell& cell : comparison.cells) {

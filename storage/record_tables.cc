@@ -17,17 +17,23 @@ constexpr char kInsertStart[] =
 constexpr char kInsertFact[] = "INSERT INTO trial_start_fact VALUES (?1, ?2, ?3)";
 constexpr char kInsertRequest[] =
     "INSERT INTO request VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, "
-    "?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23)";
+    "?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25)";
 constexpr char kInsertCounter[] = "INSERT INTO counter VALUES (?1, ?2, ?3, ?4, ?5)";
 constexpr char kInsertSample[] = "INSERT INTO sample VALUES (?1, ?2, ?3, ?4, ?5)";
 constexpr char kInsertQuality[] =
     "INSERT INTO quality VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)";
+constexpr char kInsertPosition[] =
+    "INSERT INTO quality_position VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
+constexpr char kInsertPasskey[] =
+    "INSERT INTO passkey VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
 constexpr char kInsertOutcome[] =
     "INSERT INTO trial_outcome VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
 constexpr char kInsertDiscard[] = "INSERT INTO discard VALUES (?1, ?2, ?3)";
 constexpr char kInsertFinish[] = "INSERT INTO finish VALUES (?1, ?2, ?3, ?4)";
 constexpr char kSelectFacts[] =
     "SELECT name, value FROM trial_start_fact WHERE record_id = ?1 ORDER BY name";
+constexpr char kSelectPositions[] =
+    "SELECT * FROM quality_position WHERE record_id = ?1 ORDER BY bucket";
 
 absl::Status ReadStart(Database& database, const Statement& row, TrialStart* start) {
   start->set_backend(row.String(2));
@@ -71,6 +77,8 @@ absl::Status ReadRequest(const Statement& row, RequestRow* request) {
   request->set_output_digest(static_cast<uint64_t>(row.Int(20)));
   request->set_engaged(row.Int(21) != 0);
   request->set_engagement_expected(row.Int(22) != 0);
+  request->set_session(static_cast<uint32_t>(row.Int(23)));
+  request->set_turn(static_cast<uint32_t>(row.Int(24)));
   return absl::OkStatus();
 }
 
@@ -88,7 +96,24 @@ absl::Status ReadSample(const Statement& row, Sample* sample) {
   return absl::OkStatus();
 }
 
-absl::Status ReadQuality(const Statement& row, QualityRow* quality) {
+absl::Status ReadPositions(Database& database, int64_t record_id, QualityRow* quality) {
+  ASSIGN_OR_RETURN(Statement * buckets, database.Prepare(kSelectPositions));
+  const StatementUse use(*buckets);
+  buckets->BindInt(1, record_id);
+  while (true) {
+    ASSIGN_OR_RETURN(const bool more, buckets->Step());
+    if (!more) return absl::OkStatus();
+    QualityPositions& positions = *quality->add_positions();
+    positions.set_first_position(static_cast<uint32_t>(buckets->Int(2)));
+    positions.set_scored_tokens(static_cast<uint32_t>(buckets->Int(3)));
+    positions.set_nll_sum(buckets->Real(4));
+    positions.set_reference_nll_sum(buckets->Real(5));
+    positions.set_kl_sum(buckets->Real(6));
+    positions.set_top1_matches(static_cast<uint32_t>(buckets->Int(7)));
+  }
+}
+
+absl::Status ReadQuality(Database& database, const Statement& row, QualityRow* quality) {
   quality->set_window(static_cast<uint32_t>(row.Int(2)));
   quality->set_scored_tokens(static_cast<uint32_t>(row.Int(3)));
   quality->set_nll_sum(row.Real(4));
@@ -101,6 +126,18 @@ absl::Status ReadQuality(const Statement& row, QualityRow* quality) {
   quality->set_dropped_kl_sum(row.Real(11));
   quality->set_dropped_top1_matches(static_cast<uint32_t>(row.Int(12)));
   quality->set_attended_fraction(row.Real(13));
+  return ReadPositions(database, row.Int(0), quality);
+}
+
+absl::Status ReadPasskey(const Statement& row, PasskeyRow* passkey) {
+  passkey->set_index(static_cast<uint32_t>(row.Int(2)));
+  passkey->set_depth(row.Real(3));
+  passkey->set_context_tokens(static_cast<uint32_t>(row.Int(4)));
+  passkey->set_digits(static_cast<uint32_t>(row.Int(5)));
+  passkey->set_correct_digits(static_cast<uint32_t>(row.Int(6)));
+  passkey->set_recalled(row.Int(7) != 0);
+  passkey->set_reference_correct_digits(static_cast<uint32_t>(row.Int(8)));
+  passkey->set_reference_recalled(row.Int(9) != 0);
   return absl::OkStatus();
 }
 
@@ -125,7 +162,7 @@ struct RecordTable {
 #define KVSWEEP_SELECT_RECORDS(table) \
   "SELECT * FROM " table " WHERE record_id BETWEEN ?1 AND ?2 ORDER BY record_id"
 
-constexpr std::array<RecordTable, 8> kTables = {{
+constexpr std::array<RecordTable, 9> kTables = {{
     {KVSWEEP_SELECT_RECORDS("trial_start"),
      [](Database& database, const Statement& row, Record* record) {
        return ReadStart(database, row, record->mutable_start());
@@ -143,8 +180,12 @@ constexpr std::array<RecordTable, 8> kTables = {{
        return ReadSample(row, record->mutable_sample());
      }},
     {KVSWEEP_SELECT_RECORDS("quality"),
+     [](Database& database, const Statement& row, Record* record) {
+       return ReadQuality(database, row, record->mutable_quality());
+     }},
+    {KVSWEEP_SELECT_RECORDS("passkey"),
      [](Database&, const Statement& row, Record* record) {
-       return ReadQuality(row, record->mutable_quality());
+       return ReadPasskey(row, record->mutable_passkey());
      }},
     {KVSWEEP_SELECT_RECORDS("trial_outcome"),
      [](Database&, const Statement& row, Record* record) {
@@ -189,6 +230,8 @@ absl::StatusOr<RecordWriter> RecordWriter::Create(Database& database) {
   ASSIGN_OR_RETURN(writer.counter_, database.Prepare(kInsertCounter));
   ASSIGN_OR_RETURN(writer.sample_, database.Prepare(kInsertSample));
   ASSIGN_OR_RETURN(writer.quality_, database.Prepare(kInsertQuality));
+  ASSIGN_OR_RETURN(writer.position_, database.Prepare(kInsertPosition));
+  ASSIGN_OR_RETURN(writer.passkey_, database.Prepare(kInsertPasskey));
   ASSIGN_OR_RETURN(writer.outcome_, database.Prepare(kInsertOutcome));
   ASSIGN_OR_RETURN(writer.discard_, database.Prepare(kInsertDiscard));
   ASSIGN_OR_RETURN(writer.finish_, database.Prepare(kInsertFinish));
@@ -216,6 +259,8 @@ absl::Status RecordWriter::Insert(int64_t record_id, const Record& record) {
           .Run();
     case Record::kQuality:
       return InsertQuality(record_id, record);
+    case Record::kPasskey:
+      return InsertPasskey(record_id, record);
     case Record::kStart:
       return InsertStart(record_id, record);
     case Record::kOutcome:
@@ -285,11 +330,25 @@ absl::Status RecordWriter::InsertRequest(int64_t record_id, const Record& record
       .BindInt(21, static_cast<int64_t>(row.output_digest()))
       .BindInt(22, row.engaged())
       .BindInt(23, row.engagement_expected())
+      .BindInt(24, row.session())
+      .BindInt(25, row.turn())
       .Run();
 }
 
 absl::Status RecordWriter::InsertQuality(int64_t record_id, const Record& record) {
   const QualityRow& row = record.quality();
+  for (int bucket = 0; bucket < row.positions_size(); ++bucket) {
+    const QualityPositions& positions = row.positions(bucket);
+    RETURN_IF_ERROR(position_->BindInt(1, record_id)
+                        .BindInt(2, bucket)
+                        .BindInt(3, positions.first_position())
+                        .BindInt(4, positions.scored_tokens())
+                        .BindReal(5, positions.nll_sum())
+                        .BindReal(6, positions.reference_nll_sum())
+                        .BindReal(7, positions.kl_sum())
+                        .BindInt(8, positions.top1_matches())
+                        .Run());
+  }
   return quality_->BindInt(1, record_id)
       .BindInt(2, static_cast<int64_t>(record.trial_id()))
       .BindInt(3, row.window())
@@ -304,6 +363,21 @@ absl::Status RecordWriter::InsertQuality(int64_t record_id, const Record& record
       .BindReal(12, row.dropped_kl_sum())
       .BindInt(13, row.dropped_top1_matches())
       .BindReal(14, row.attended_fraction())
+      .Run();
+}
+
+absl::Status RecordWriter::InsertPasskey(int64_t record_id, const Record& record) {
+  const PasskeyRow& row = record.passkey();
+  return passkey_->BindInt(1, record_id)
+      .BindInt(2, static_cast<int64_t>(record.trial_id()))
+      .BindInt(3, row.index())
+      .BindReal(4, row.depth())
+      .BindInt(5, row.context_tokens())
+      .BindInt(6, row.digits())
+      .BindInt(7, row.correct_digits())
+      .BindInt(8, row.recalled())
+      .BindInt(9, row.reference_correct_digits())
+      .BindInt(10, row.reference_recalled())
       .Run();
 }
 

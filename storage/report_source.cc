@@ -123,6 +123,7 @@ TrialResult ResultOf(const Row& row, const Notes& notes) {
   trial.executions = static_cast<uint32_t>(row.Int("executions"));
   trial.engagement = EngagementOf(row.Text("engagement"));
   trial.quality_key = row.Text("quality_key");
+  trial.load_dependence = row.Text("load_dependence");
   for (const MetricInfo& info : Metrics()) {
     SummaryMetric metric{.name = info.name, .value = std::nullopt, .reason = ""};
     if (const auto* value = std::get_if<double>(&row[info.name])) {
@@ -151,6 +152,30 @@ QualityRow WindowOf(const Row& row) {
   window.set_dropped_top1_matches(static_cast<uint32_t>(row.Int("dropped_top1_matches")));
   window.set_attended_fraction(row.Real("attended_fraction"));
   return window;
+}
+
+QualityPositions PositionsOf(const Row& row) {
+  QualityPositions positions;
+  positions.set_first_position(static_cast<uint32_t>(row.Int("first_position")));
+  positions.set_scored_tokens(static_cast<uint32_t>(row.Int("scored_tokens")));
+  positions.set_nll_sum(row.Real("nll_sum"));
+  positions.set_reference_nll_sum(row.Real("reference_nll_sum"));
+  positions.set_kl_sum(row.Real("kl_sum"));
+  positions.set_top1_matches(static_cast<uint32_t>(row.Int("top1_matches")));
+  return positions;
+}
+
+PasskeyRow PasskeyOf(const Row& row) {
+  PasskeyRow passkey;
+  passkey.set_index(static_cast<uint32_t>(row.Int("prompt_index")));
+  passkey.set_depth(row.Real("depth"));
+  passkey.set_context_tokens(static_cast<uint32_t>(row.Int("context_tokens")));
+  passkey.set_digits(static_cast<uint32_t>(row.Int("digits")));
+  passkey.set_correct_digits(static_cast<uint32_t>(row.Int("correct_digits")));
+  passkey.set_recalled(row.Int("recalled") != 0);
+  passkey.set_reference_correct_digits(static_cast<uint32_t>(row.Int("reference_correct_digits")));
+  passkey.set_reference_recalled(row.Int("reference_recalled") != 0);
+  return passkey;
 }
 
 std::string TrialsOf(ExperimentId experiment) {
@@ -288,6 +313,7 @@ absl::StatusOr<ReportInput> TableSource::Report(ExperimentId experiment) {
   input.experiment = about.Text("name");
   input.model = about.Text("model").empty() ? spec.model().shape() : about.Text("model");
   input.random_weights = spec.model().weights() == Model::WEIGHTS_RANDOM;
+  input.regime = spec.regime();
   input.repeats = static_cast<uint32_t>(about.Int("repeats"));
   input.rounds_planned = about.Int("rounds");
   input.reference = about.Int("reference_arm");
@@ -324,7 +350,8 @@ absl::Status TableSource::ReadTrials(ExperimentId experiment, ReportInput* input
                                   .content_key = row.Text("content_key"),
                                   .outcome = OutcomeOf(row.Text("outcome")),
                                   .evidence = row.Text("evidence"),
-                                  .windows = {}});
+                                  .windows = {},
+                                  .passkeys = {}});
     }
   }
   return absl::OkStatus();
@@ -334,12 +361,34 @@ absl::Status TableSource::ReadWindows(ExperimentId experiment, ReportInput* inpu
   std::map<uint64_t, QualityResult*> by_trial;
   for (QualityResult& quality : input->qualities) by_trial[quality.trial_id] = &quality;
   if (by_trial.empty()) return absl::OkStatus();
+  const auto find = [&](const Row& row) -> QualityResult* {
+    const auto quality = by_trial.find(static_cast<uint64_t>(row.Int("trial_id")));
+    return quality == by_trial.end() ? nullptr : quality->second;
+  };
   ASSIGN_OR_RETURN(const Table windows,
                    RunByTrial("SELECT * FROM v_quality", TrialsOf(experiment)));
+  std::map<std::pair<int64_t, int64_t>, QualityRow*> by_window;
   for (size_t i = 0; i < windows.rows.size(); ++i) {
     const Row row(windows, i);
-    const auto quality = by_trial.find(static_cast<uint64_t>(row.Int("trial_id")));
-    if (quality != by_trial.end()) quality->second->windows.push_back(WindowOf(row));
+    if (QualityResult* quality = find(row)) quality->windows.push_back(WindowOf(row));
+  }
+  for (QualityResult& quality : input->qualities) {
+    for (QualityRow& window : quality.windows) {
+      by_window[{static_cast<int64_t>(quality.trial_id), window.window()}] = &window;
+    }
+  }
+  ASSIGN_OR_RETURN(const Table positions,
+                   RunByTrial("SELECT * FROM v_quality_positions", TrialsOf(experiment)));
+  for (size_t i = 0; i < positions.rows.size(); ++i) {
+    const Row row(positions, i);
+    const auto window = by_window.find({row.Int("trial_id"), row.Int("window")});
+    if (window != by_window.end()) *window->second->add_positions() = PositionsOf(row);
+  }
+  ASSIGN_OR_RETURN(const Table passkeys,
+                   RunByTrial("SELECT * FROM v_passkeys", TrialsOf(experiment)));
+  for (size_t i = 0; i < passkeys.rows.size(); ++i) {
+    const Row row(passkeys, i);
+    if (QualityResult* quality = find(row)) quality->passkeys.push_back(PasskeyOf(row));
   }
   return absl::OkStatus();
 }

@@ -14,7 +14,7 @@ SELECT e.experiment_id, e.name,
        (SELECT count(*) FROM cell c WHERE c.experiment_id = e.experiment_id) AS cells,
        r.repeats, e.model_name AS model,
        datetime(e.submitted_unix_ns / 1000000000, 'unixepoch') AS submitted_utc,
-       e.client_id, e.reference_arm, e.spec_text, e.spec
+       e.client_id, e.reference_arm, e.spec_text, e.spec, e.regime
 FROM experiment e LEFT JOIN (
   SELECT experiment_id, count(*) AS rounds, max(repeat) + 1 AS repeats,
          sum(state IN ('queued', 'running')) AS unfinished, sum(state = 'running') AS running,
@@ -56,6 +56,17 @@ SELECT t.trial_id, r.experiment_id, e.name AS experiment, t.round_id, r.cell_ind
        coalesce(t.measured_trial_id, t.trial_id) AS measured_trial_id,
        t.measured_trial_id IS NOT NULL AS served,
        lower(hex(t.content_key)) AS content_key, lower(hex(t.quality_key)) AS quality_key,
+       e.regime,
+       -- Why its outputs may depend on the load, so that the joined quality need not be theirs. Each
+       -- name belongs to one strategy and defaults are left out; functions of JSON are no part of a
+       -- view that any reader can trust.
+       CASE WHEN instr(t.canonical_spec, '"preemption":"recompute"') > 0
+              THEN 'recompute'
+            WHEN instr(t.canonical_spec, '"prefill_evict":"chunk"') > 0
+              THEN 'chunks'
+            WHEN instr(t.canonical_spec, '"count_scope":"batch"') > 0
+              THEN 'batch'
+            ELSE '' END AS load_dependence,
        t.canonical_spec AS spec{{metrics}}{{quality_metrics}}
 FROM trial t
 JOIN round r USING (round_id)
@@ -84,7 +95,7 @@ SELECT t.trial_id, q.request_index,
        q.first_token_ns, q.finished_ns, q.token_gaps_ns, q.preemptions, q.recomputed_tokens,
        q.entries_attended, q.entries_full, q.tokens_evicted, q.entries_fetched,
        q.kv_device_bytes_peak, q.kv_host_bytes_peak, q.output_digest, q.engaged,
-       q.engagement_expected
+       q.engagement_expected, q.session, q.turn
 FROM trial t JOIN trial m ON m.trial_id = coalesce(t.measured_trial_id, t.trial_id)
 JOIN request q ON q.record_id BETWEEN m.first_record AND m.last_record;
 
@@ -104,6 +115,22 @@ SELECT t.trial_id, q.window, q.scored_tokens, q.nll_sum, q.reference_nll_sum, q.
        q.dropped_kl_sum, q.dropped_top1_matches, q.attended_fraction
 FROM trial t JOIN trial m ON m.trial_id = coalesce(t.measured_trial_id, t.trial_id)
 JOIN quality q ON q.record_id BETWEEN m.first_record AND m.last_record;
+
+-- The same sums by part of the window, in nats; the part ends where the next begins.
+CREATE VIEW v_quality_positions AS
+SELECT t.trial_id, q.window, p.first_position, p.scored_tokens, p.nll_sum, p.reference_nll_sum,
+       p.kl_sum, p.top1_matches
+FROM trial t JOIN trial m ON m.trial_id = coalesce(t.measured_trial_id, t.trial_id)
+JOIN quality q ON q.record_id BETWEEN m.first_record AND m.last_record
+JOIN quality_position p ON p.record_id = q.record_id;
+
+-- One row for each pass key that was asked for: digits that count, of them right in place, by the
+-- arm and by the full cache.
+CREATE VIEW v_passkeys AS
+SELECT t.trial_id, q.prompt_index, q.depth, q.context_tokens, q.digits, q.correct_digits,
+       q.recalled, q.reference_correct_digits, q.reference_recalled
+FROM trial t JOIN trial m ON m.trial_id = coalesce(t.measured_trial_id, t.trial_id)
+JOIN passkey q ON q.record_id BETWEEN m.first_record AND m.last_record;
 
 -- The context of an accepted trial beyond the columns of v_trials: flags, threads, clocks, ….
 CREATE VIEW v_facts AS

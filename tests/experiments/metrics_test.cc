@@ -104,7 +104,10 @@ TEST(Summarise, ComputesWhatTheFormulasSay) {
   rows[1].set_recomputed_tokens(40);
   rows[0].set_tokens_evicted(5);
   rows[0].set_engagement_expected(true);
-  const std::vector<SummaryMetric> summary = Summarise({.requests = rows});
+  const std::vector<Counter> counters = {CounterOf("attended_fraction", 0.5),
+                                         CounterOf("attended_fraction", 0.75, 0),
+                                         CounterOf("attended_fraction_beyond_full", 0.25)};
+  const std::vector<SummaryMetric> summary = Summarise({.requests = rows, .counters = counters});
   ASSERT_EQ(summary.size(), Metrics().size());
   EXPECT_EQ(ValueOf(summary, "completed"), 2);
   EXPECT_EQ(ValueOf(summary, "failed"), 0);
@@ -125,6 +128,7 @@ TEST(Summarise, ComputesWhatTheFormulasSay) {
   EXPECT_EQ(ValueOf(summary, "max_concurrent_requests"), 1);
   EXPECT_EQ(ValueOf(summary, "max_output_tokens_per_s"), 21);
   EXPECT_EQ(ValueOf(summary, "attended_fraction"), 0.5);
+  EXPECT_EQ(ValueOf(summary, "attended_fraction_beyond_full"), 0.25);
   EXPECT_EQ(ValueOf(summary, "preemptions"), 2);
   EXPECT_DOUBLE_EQ(ValueOf(summary, "recompute_tax"), 40.0 / 172);
   EXPECT_EQ(ValueOf(summary, "kv_tokens_evicted"), 5);
@@ -206,13 +210,29 @@ QualityRow Window(uint32_t tokens, double nll, double kl, uint32_t matches) {
 
 TEST(SummariseQualityTest, WeighsWindowsByTheirTokens) {
   const std::vector<QualityRow> windows = {Window(100, 2, 0.1, 90), Window(300, 1, 0.3, 150)};
-  const std::vector<SummaryMetric> summary = SummariseQuality(windows);
+  const std::vector<SummaryMetric> summary = SummariseQuality(windows, {});
   EXPECT_DOUBLE_EQ(ValueOf(summary, "ppl"), std::exp(1.25));
   EXPECT_DOUBLE_EQ(ValueOf(summary, "reference_ppl"), std::exp(1.0));
   EXPECT_DOUBLE_EQ(ValueOf(summary, "kl"), 0.25);
   EXPECT_DOUBLE_EQ(ValueOf(summary, "top1_agreement"), 0.6);
   EXPECT_EQ(Find(summary, "dropped_kl").reason, "nothing was dropped");
-  EXPECT_EQ(Find(SummariseQuality({}), "ppl").reason, "no scored position");
+  EXPECT_EQ(Find(SummariseQuality({}, {}), "ppl").reason, "no scored position");
+  EXPECT_EQ(Find(summary, "passkey_recall").reason, "no pass key was asked for");
+}
+
+TEST(SummariseQualityTest, CountsRecalledPassKeysAndTheirDigits) {
+  std::vector<PasskeyRow> passkeys(4);
+  for (PasskeyRow& row : passkeys) {
+    row.set_digits(5);
+    row.set_correct_digits(2);
+    row.set_reference_recalled(true);
+  }
+  passkeys[3].set_correct_digits(5);
+  passkeys[3].set_recalled(true);
+  const std::vector<SummaryMetric> summary = SummariseQuality({}, passkeys);
+  EXPECT_DOUBLE_EQ(ValueOf(summary, "passkey_recall"), 0.25);
+  EXPECT_DOUBLE_EQ(ValueOf(summary, "passkey_reference_recall"), 1);
+  EXPECT_DOUBLE_EQ(ValueOf(summary, "passkey_digit_accuracy"), 11.0 / 20);
 }
 
 TEST(EngagementTest, HalfOfTheRequestsWhereTheRuleApplies) {

@@ -60,6 +60,21 @@ class ReportTest : public ::testing::Test {
   ReportInput input_;
 };
 
+TEST_F(ReportTest, TrialsThatLeftTheRegimeAreCounted) {
+  input_.trials[1].metrics.push_back({"memory_short_steps", 4, ""});
+  EXPECT_TRUE(Compared().cells[0].arms[1].notes.empty()) << "equal bytes promise no more";
+  input_.regime = Experiment::REGIME_KV_FITS;
+  const Comparison comparison = Compared();
+  EXPECT_EQ(comparison.regime, "kv_fits");
+  EXPECT_TRUE(comparison.cells[0].arms[0].notes.empty());
+  EXPECT_THAT(comparison.cells[0].arms[1].notes,
+              ::testing::ElementsAre(HasSubstr("1 of 3 trial(s) left the regime kv_fits")));
+  for (const ReportFormat format :
+       {ReportFormat::kTable, ReportFormat::kMarkdown, ReportFormat::kJson, ReportFormat::kCsv}) {
+    EXPECT_THAT(FormatComparison(comparison, format), HasSubstr("kv_fits"));
+  }
+}
+
 // The differences are 100, 99 and 98 although single runs scatter by 400: this is what pairing is
 // for.
 TEST_F(ReportTest, DifferencesArePairedInsideRounds) {
@@ -176,17 +191,85 @@ TEST_F(ReportTest, QualityIsJoinedByItsKey) {
     if (trial.arm == 1) trial.quality_key = "key";
     if (trial.arm == 0) trial.quality_key = "not yet";
   }
+  for (TrialResult& trial : input_.trials) {
+    if (trial.arm == 1) trial.load_dependence = "recompute";
+  }
+  EXPECT_EQ(Compared().cells[0].arms[1].quality->note, "") << "nothing was preempted";
   input_.trials[1].metrics[4].value = 2;  // preemptions
   const Comparison comparison = Compared();
   EXPECT_EQ(comparison.cells[0].arms[0].quality->note, "its quality trial has not finished");
   const ComparedQuality& quality = *comparison.cells[0].arms[1].quality;
   EXPECT_DOUBLE_EQ(*quality.metrics[0].value, std::exp(2.0));
-  EXPECT_DOUBLE_EQ(quality.kl_interval->low, 0.05);
+  EXPECT_DOUBLE_EQ(quality.intervals.at("kl").low, 0.05);
   EXPECT_THAT(quality.note, HasSubstr("preempted by recompute"));
   const std::string table = FormatComparison(comparison, ReportFormat::kTable);
   EXPECT_THAT(table, HasSubstr("7.389"));
   EXPECT_THAT(table, HasSubstr("0.0500"));
   EXPECT_THAT(table, HasSubstr("0.800"));
+}
+
+TEST_F(ReportTest, OutputsThatDependOnTheLoadMarkTheirQuality) {
+  input_.qualities = {{.trial_id = 50, .content_key = "key", .windows = {QualityRow()}}};
+  for (TrialResult& trial : input_.trials) trial.quality_key = "key";
+  const auto note = [&](const char* cause) {
+    for (TrialResult& trial : input_.trials) trial.load_dependence = cause;
+    return Compared().cells[0].arms[1].quality->note;
+  };
+  EXPECT_THAT(note("batch"), HasSubstr("depend on its batch mates"));
+  EXPECT_THAT(note("chunks"), HasSubstr("borders of chunks"));
+  EXPECT_EQ(note(""), "");
+}
+
+TEST_F(ReportTest, QualityIsShownByPositionAndDepth) {
+  QualityRow window;
+  window.set_scored_tokens(128);
+  window.set_nll_sum(256);
+  window.set_reference_nll_sum(250);
+  for (uint32_t part = 0; part < 2; ++part) {
+    QualityPositions& positions = *window.add_positions();
+    positions.set_first_position(256 + 64 * part);
+    positions.set_scored_tokens(64);
+    positions.set_nll_sum(128);
+    positions.set_reference_nll_sum(125);
+    positions.set_kl_sum(part == 0 ? 6.4 : 19.2);
+    positions.set_top1_matches(part == 0 ? 64 : 32);
+  }
+  std::vector<PasskeyRow> passkeys(20);
+  for (size_t i = 0; i < 20; ++i) {
+    passkeys[i].set_depth(i < 10 ? 0.1 : 0.9);
+    passkeys[i].set_digits(5);
+    passkeys[i].set_recalled(i >= 10);
+    passkeys[i].set_correct_digits(i < 10 ? 1 : 5);
+    passkeys[i].set_reference_recalled(i != 0);
+  }
+  input_.qualities = {{.trial_id = 50,
+                       .content_key = "key",
+                       .windows = {window, window},
+                       .passkeys = std::move(passkeys)}};
+  for (TrialResult& trial : input_.trials) {
+    if (trial.arm == 1) trial.quality_key = "key";
+  }
+  const Comparison comparison = Compared();
+  const ComparedQuality& quality = *comparison.cells[0].arms[1].quality;
+  ASSERT_EQ(quality.positions.size(), 2u);
+  EXPECT_EQ(quality.positions[1].first_position, 320u);
+  EXPECT_EQ(quality.positions[1].scored_tokens, 128u);
+  EXPECT_DOUBLE_EQ(quality.positions[1].kl, 0.3);
+  EXPECT_DOUBLE_EQ(quality.positions[1].ppl, std::exp(2.0));
+  EXPECT_DOUBLE_EQ(quality.positions[1].top1_agreement, 0.5);
+  ASSERT_EQ(quality.recall.size(), 2u);
+  EXPECT_EQ(quality.recall[0].recalled, 0u);
+  EXPECT_EQ(quality.recall[0].reference_recalled, 9u);
+  EXPECT_EQ(quality.recall[1].recalled, 10u);
+  EXPECT_NEAR(quality.recall[1].interval.low, 0.7225, 1e-4) << "Wilson, 10 of 10";
+  const std::string table = FormatComparison(comparison, ReportFormat::kTable);
+  EXPECT_THAT(table, HasSubstr("from 320"));
+  EXPECT_THAT(table, HasSubstr("10/10 [0.72, 1.00]"));
+  EXPECT_THAT(table, HasSubstr("(full cache)"));
+  const auto json = nlohmann::json::parse(FormatComparison(comparison, ReportFormat::kJson));
+  const auto& told = json["cells"][0]["arms"][1]["quality"];
+  EXPECT_DOUBLE_EQ(told["positions"][0]["kl"], 0.1);
+  EXPECT_EQ(told["passkeys"][1]["recalled"], 10);
 }
 
 TEST_F(ReportTest, RandomWeightsHaveNoQuality) {
@@ -204,7 +287,7 @@ TEST_F(ReportTest, UnknownMetricsAreRefusedWithTheNearestName) {
 
 TEST_F(ReportTest, TableIsAlignedAndFitsATerminal) {
   EXPECT_EQ(Table(),
-            "quickstart · model books · reference paged\n"
+            "quickstart · model books · reference paged · regime equal_device_bytes\n"
             "\n"
             "rate=4/s   [cpu · Xeon · time: real]\n"
             "                                output\n"

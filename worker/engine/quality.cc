@@ -7,9 +7,15 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "worker/engine/manual_steps.h"
 
 namespace kvsweep {
 namespace {
+
+// Buckets that a window is divided into.
+constexpr int32_t kPositionBuckets = 8;
+// Bytes of the full cache's logits kept for the arms that follow.
+constexpr uint64_t kKeptLogitsBytes = uint64_t{512} << 20;
 
 struct LogitsSummary {
   double log_sum_exp = 0;
@@ -34,12 +40,14 @@ absl::StatusOr<LogitsSummary> Summarise(std::span<const float> logits) {
 class Lockstep {
  public:
   Lockstep(InferenceEngine* reference, InferenceEngine* arm, const QualityTask& task,
-           const QualityOptions& options, int64_t deadline_ns, QualityResult* result)
-      : reference_(*reference),
+           const QualityOptions& options, int64_t deadline_ns, ReferenceLogits* kept,
+           QualityResult* result)
+      : reference_(reference),
         arm_(*arm),
         task_(task),
         options_(options),
         deadline_ns_(deadline_ns),
+        kept_(*kept),
         result_(*result),
         vocabulary_(static_cast<size_t>(arm->config().vocabulary)),
         layer_counts_(static_cast<size_t>(arm->config().layers)) {
@@ -62,14 +70,19 @@ class Lockstep {
       rows_[static_cast<size_t>(w)].set_window(static_cast<uint32_t>(first + w));
       windows_.push_back(CutWindow(first + w));
       arm_.AddSequence(w, windows_.back(), task_.prefill);
-      reference_.AddSequence(w, windows_.back(), task_.context - 1);
+      if (computes_reference()) {
+        reference_->AddSequence(w, windows_.back(), task_.context - 1);
+      }
     }
     RETURN_IF_ERROR(Score());
     for (int32_t w = 0; w < count && ended_well(); ++w) {
       rows_[static_cast<size_t>(w)].set_attended_fraction(
-          full_per_window_ > 0 ? attended_[static_cast<size_t>(w)] / full_per_window_ : 1.0);
+          decode_steps_ > 0 ? attended_[static_cast<size_t>(w)] / decode_steps_ : 1.0);
     }
-    for (int32_t w = 0; w < count; ++w) Remove(w);
+    for (int32_t w = 0; w < count; ++w) {
+      RemoveSequence(&arm_, w);
+      if (computes_reference()) RemoveSequence(reference_, w);
+    }
     return std::move(rows_);
   }
 
@@ -86,17 +99,14 @@ class Lockstep {
     return tokens;
   }
 
-  void Remove(int32_t window) {
-    arm_.manager().Release(window);
-    arm_.RemoveSequence(window);
-    reference_.manager().Release(window);
-    reference_.RemoveSequence(window);
-  }
+  // The full cache's logits of an earlier arm serve this one too.
+  bool computes_reference() const { return !kept_.complete; }
 
   absl::Status Score() {
     // Row p holds what follows token p; the first that counts is the last one of the prefill.
     RETURN_IF_ERROR(PrefillArm());
-    const int32_t chunk = reference_.options().max_batched_tokens / count_;
+    if (!computes_reference()) return ScoreAgainstKept();
+    const int32_t chunk = reference_->options().max_batched_tokens / count_;
     KVSWEEP_CHECK_GE(chunk, 1);
     int32_t row = 0;
     while (row < task_.context - 1 && ended_well()) {
@@ -105,11 +115,29 @@ class Lockstep {
       ASSIGN_OR_RETURN(const StepResult reference, AdvanceReference(row, rows));
       for (int32_t r = row; r < row + rows && r >= task_.prefill - 1; ++r) {
         if (!KeepGoing()) return absl::OkStatus();
-        RETURN_IF_ERROR(ScoreRow(r, reference.logits, rows, r - row));
+        RETURN_IF_ERROR(ScoreRow(r, [&](int32_t w) {
+          const size_t chunk_row = static_cast<size_t>(w * rows + r - row);
+          const auto logits = reference.logits.subspan(chunk_row * vocabulary_, vocabulary_);
+          kept_.Keep(window(w), r - task_.prefill + 1, logits);
+          return logits;
+        }));
       }
       row += rows;
     }
     return absl::OkStatus();
+  }
+
+  absl::Status ScoreAgainstKept() {
+    for (int32_t row = task_.prefill - 1; row < task_.context - 1 && KeepGoing(); ++row) {
+      RETURN_IF_ERROR(
+          ScoreRow(row, [&](int32_t w) { return kept_.Row(window(w), row - task_.prefill + 1); }));
+    }
+    return absl::OkStatus();
+  }
+
+  // Number in the text of the window in slot `w`.
+  int32_t window(int32_t w) const {
+    return static_cast<int32_t>(rows_[static_cast<size_t>(w)].window());
   }
 
   bool KeepGoing() {
@@ -125,7 +153,7 @@ class Lockstep {
   absl::StatusOr<StepResult> AdvanceReference(int32_t row, int32_t rows) {
     StepPlan plan;
     for (int32_t w = 0; w < count_; ++w) {
-      RETURN_IF_ERROR(Hold(reference_, w, ReferenceShape(task_), row, rows));
+      RETURN_IF_ERROR(HoldTokens(reference_, w, ReferenceShape(task_), row, rows));
       plan.prefill.push_back({.request = w,
                               .slot = w,
                               .first_row = w * rows,
@@ -133,73 +161,50 @@ class Lockstep {
                               .start_position = row,
                               .last_chunk = row + rows == task_.context - 1});
     }
-    ASSIGN_OR_RETURN(const StepResult result, reference_.Execute(plan));
+    ASSIGN_OR_RETURN(const StepResult result, reference_->Execute(plan));
     if (plan.prefill.front().last_chunk) {
-      for (int32_t w = 0; w < count_; ++w) reference_.manager().EndPrompt(w);
+      for (int32_t w = 0; w < count_; ++w) reference_->manager().EndPrompt(w);
     }
     return result;
   }
 
-  // Memory for `rows` more tokens of a window that has `row`.
-  static absl::Status Hold(InferenceEngine& engine, int32_t window, const RequestShape& shape,
-                           int32_t row, int32_t rows) {
-    KvManager& manager = engine.manager();
-    const bool held =
-        row == 0 ? manager.Admit(window, shape, rows) : manager.Grow(window, row + rows);
-    if (held) return absl::OkStatus();
-    return absl::ResourceExhaustedError(absl::StrCat("no KV memory for token ", row + rows,
-                                                     " of window ", window,
-                                                     " although its peak fits the budget"));
-  }
-
-  // One window after the other, in chunks; keeps the logits of each one's last row.
+  // One window after the other; keeps the logits of each one's last row.
   absl::Status PrefillArm() {
-    const int32_t alignment = arm_.chunk_alignment();
-    const int32_t chunk = arm_.options().max_batched_tokens / alignment * alignment;
     prompt_logits_.resize(static_cast<size_t>(count_) * vocabulary_);
     for (int32_t w = 0; w < count_; ++w) {
-      for (int32_t row = 0; row < task_.prefill; row += chunk) {
-        const int32_t rows = std::min(chunk, task_.prefill - row);
-        const bool last = row + rows == task_.prefill;
-        RETURN_IF_ERROR(Hold(arm_, w, ArmShape(task_), row, rows));
-        StepPlan plan;
-        plan.prefill.push_back(
-            {.request = w, .slot = w, .rows = rows, .start_position = row, .last_chunk = last});
-        ASSIGN_OR_RETURN(const StepResult step, ExecuteArm(plan));
-        if (!last) continue;
-        arm_.manager().EndPrompt(w);
-        std::copy_n(step.logits.begin(), vocabulary_,
-                    prompt_logits_.begin() + static_cast<std::ptrdiff_t>(w * vocabulary_));
-      }
+      ASSIGN_OR_RETURN(const StepResult step,
+                       PrefillPrompt(&arm_, w, ArmShape(task_),
+                                     [this](const StepResult& done) { CountStep(done); }));
+      std::copy_n(step.logits.begin(), vocabulary_,
+                  prompt_logits_.begin() + static_cast<std::ptrdiff_t>(w * vocabulary_));
     }
     return absl::OkStatus();
   }
 
-  absl::StatusOr<StepResult> ExecuteArm(const StepPlan& plan) {
-    ASSIGN_OR_RETURN(const StepResult step, arm_.Execute(plan));
+  void CountStep(const StepResult& step) {
     if (options_.modelled != nullptr) options_.modelled->AdvanceNs(step.modelled_ns);
     ++result_.steps;
-    return step;
   }
 
-  // Feeds token `row` of every window to the arm (unless the prefill did) and compares. The
-  // reference's logits are [windows, chunk_rows, V].
-  absl::Status ScoreRow(int32_t row, std::span<const float> reference, int32_t chunk_rows,
-                        int32_t chunk_row) {
+  // Feeds token `row` of every window to the arm (unless the prefill did) and compares with what
+  // `reference_of` gives for each window: the full cache's logits of that row.
+  template <typename LogitsOf>
+  absl::Status ScoreRow(int32_t row, const LogitsOf& reference_of) {
     std::span<const float> logits = prompt_logits_;
     if (row >= task_.prefill) {
       ASSIGN_OR_RETURN(logits, DecodeArm(row));
     }
     for (int32_t w = 0; w < count_; ++w) {
-      const size_t reference_row = static_cast<size_t>(w * chunk_rows + chunk_row);
       ASSIGN_OR_RETURN(
           const PositionScore score,
-          Annotate(ScorePosition(reference.subspan(reference_row * vocabulary_, vocabulary_),
+          Annotate(ScorePosition(reference_of(w),
                                  logits.subspan(static_cast<size_t>(w) * vocabulary_, vocabulary_),
                                  windows_[static_cast<size_t>(w)][static_cast<size_t>(row) + 1]),
                    absl::StrCat("position ", row, " of window ",
                                 rows_[static_cast<size_t>(w)].window())));
-      AddScore(score, row + 1 > dropped_from_, &rows_[static_cast<size_t>(w)]);
+      QualityRow& sums = rows_[static_cast<size_t>(w)];
+      AddScore(score, row + 1 > dropped_from_, &sums);
+      AddToBucket(score, row + 1, &sums);
     }
     return absl::OkStatus();
   }
@@ -207,20 +212,23 @@ class Lockstep {
   absl::StatusOr<std::span<const float>> DecodeArm(int32_t row) {
     StepPlan plan;
     for (int32_t w = 0; w < count_; ++w) {
-      RETURN_IF_ERROR(Hold(arm_, w, ArmShape(task_), row, 1));
+      RETURN_IF_ERROR(HoldTokens(&arm_, w, ArmShape(task_), row, 1));
       plan.decode.push_back(
           {.request = w, .slot = w, .first_row = w, .rows = 1, .start_position = row});
     }
-    ASSIGN_OR_RETURN(const StepResult step, ExecuteArm(plan));
+    ASSIGN_OR_RETURN(const StepResult step, arm_.Execute(plan));
+    CountStep(step);
+    const double tokens = row + 1;
     for (int32_t w = 0; w < count_; ++w) {
+      const double attended = arm_.CollectDecode(static_cast<size_t>(w), layer_counts_).attended;
       attended_[static_cast<size_t>(w)] +=
-          arm_.CollectDecode(static_cast<size_t>(w), layer_counts_).attended;
+          attended / (tokens * static_cast<double>(layer_counts_.size()));
       for (size_t layer = 0; layer < layer_counts_.size(); ++layer) {
-        result_.attended_by_layer[layer] += layer_counts_[layer];
+        result_.attended_by_layer[layer] += layer_counts_[layer] / tokens;
       }
     }
-    result_.full_per_layer += static_cast<double>(count_) * (row + 1);
-    full_per_window_ += static_cast<double>(layer_counts_.size()) * (row + 1);
+    result_.decode_rows += count_;
+    ++decode_steps_;
     return step.logits;
   }
 
@@ -238,11 +246,27 @@ class Lockstep {
     row->set_dropped_top1_matches(row->dropped_top1_matches() + score.top1_match);
   }
 
-  InferenceEngine& reference_;
+  // `position` of the token that was to be foreseen.
+  void AddToBucket(const PositionScore& score, int32_t position, QualityRow* sums) const {
+    const auto bucket = [&](int64_t at) { return at * kPositionBuckets / task_.context; };
+    const auto& known = sums->positions();
+    if (known.empty() || bucket(known.rbegin()->first_position()) != bucket(position)) {
+      sums->add_positions()->set_first_position(static_cast<uint32_t>(position));
+    }
+    QualityPositions& part = *sums->mutable_positions()->rbegin();
+    part.set_scored_tokens(part.scored_tokens() + 1);
+    part.set_nll_sum(part.nll_sum() + score.nll);
+    part.set_reference_nll_sum(part.reference_nll_sum() + score.reference_nll);
+    part.set_kl_sum(part.kl_sum() + score.kl);
+    part.set_top1_matches(part.top1_matches() + score.top1_match);
+  }
+
+  InferenceEngine* reference_;  // nullptr: everything is kept
   InferenceEngine& arm_;
   const QualityTask& task_;
   const QualityOptions& options_;
   const int64_t deadline_ns_;
+  ReferenceLogits& kept_;
   QualityResult& result_;
   const size_t vocabulary_;
   std::vector<double> layer_counts_;
@@ -251,8 +275,8 @@ class Lockstep {
   std::vector<std::vector<int32_t>> windows_;
   std::vector<float> prompt_logits_;  // [windows, V]
   std::vector<QualityRow> rows_;
-  std::vector<double> attended_;  // by window
-  double full_per_window_ = 0;
+  std::vector<double> attended_;  // by window: attended fractions of its steps, summed
+  double decode_steps_ = 0;
 };
 
 absl::Status CheckTask(const QualityTask& task, const ModelConfig& config) {
@@ -301,26 +325,41 @@ EngineOptions ReferenceOptions(const ModelConfig& config, const QualityTask& tas
 }
 
 int32_t WindowsSideBySide(InferenceEngine* arm, const QualityTask& task) {
-  const EngineOptions& options = arm->options();
-  const TierBytes fixed = arm->manager().FixedBytes();
-  const TierBytes peak = arm->manager().PeakBytes(Lockstep::ArmShape(task));
-  int64_t windows = std::min(options.max_sequences, task.windows);
-  const auto bound = [&windows](uint64_t budget, uint64_t fixed_bytes, uint64_t peak_bytes) {
-    if (fixed_bytes > budget) windows = 0;
-    if (peak_bytes == 0) return;
-    windows = std::min<int64_t>(
-        windows, static_cast<int64_t>((budget - std::min(budget, fixed_bytes)) / peak_bytes));
-  };
-  bound(options.device_bytes, fixed.device, peak.device);
-  bound(options.host_bytes, fixed.host, peak.host);
-  return static_cast<int32_t>(windows);
+  return SequencesSideBySide(arm, Lockstep::ArmShape(task), task.windows);
+}
+
+void ReferenceLogits::Begin(const QualityTask& task, int32_t vocabulary) {
+  const uint64_t row = static_cast<uint64_t>(vocabulary);
+  const uint64_t values = row * static_cast<uint64_t>(task.windows) *
+                          static_cast<uint64_t>(task.context - task.prefill);
+  complete = false;
+  rows_ = static_cast<size_t>(task.context - task.prefill);
+  vocabulary_ = static_cast<size_t>(vocabulary);
+  logits_.assign(values * sizeof(float) <= kKeptLogitsBytes ? values : 0, 0.0f);
+}
+
+void ReferenceLogits::Keep(int32_t window, int32_t row, std::span<const float> logits) {
+  if (logits_.empty()) return;
+  std::copy(logits.begin(), logits.end(), logits_.begin() + Offset(window, row));
+}
+
+std::span<const float> ReferenceLogits::Row(int32_t window, int32_t row) const {
+  return {logits_.begin() + Offset(window, row), vocabulary_};
+}
+
+std::ptrdiff_t ReferenceLogits::Offset(int32_t window, int32_t row) const {
+  return static_cast<std::ptrdiff_t>(
+      (static_cast<size_t>(window) * rows_ + static_cast<size_t>(row)) * vocabulary_);
 }
 
 absl::StatusOr<QualityResult> ScoreText(InferenceEngine* reference, InferenceEngine* arm,
                                         const QualityTask& task, int32_t side_by_side,
-                                        const QualityOptions& options, const QualitySink& sink) {
+                                        const QualityOptions& options, ReferenceLogits* kept,
+                                        const QualitySink& sink) {
   KVSWEEP_CHECK_GE(side_by_side, 1);
+  KVSWEEP_CHECK(kept->complete || reference != nullptr);
   RETURN_IF_ERROR(CheckTask(task, arm->config()));
+  if (!kept->complete) kept->Begin(task, arm->config().vocabulary);
   QualityResult result;
   result.attended_by_layer.resize(static_cast<size_t>(arm->config().layers));
   const int64_t start_ns = options.clock->NowNs();
@@ -329,7 +368,7 @@ absl::StatusOr<QualityResult> ScoreText(InferenceEngine* reference, InferenceEng
   for (int32_t first = 0; first < task.windows && result.end == QualityResult::End::kScoredAll;
        first += side_by_side) {
     const int32_t count = std::min(side_by_side, task.windows - first);
-    Lockstep lockstep(reference, arm, task, options, deadline_ns, &result);
+    Lockstep lockstep(reference, arm, task, options, deadline_ns, kept, &result);
     ASSIGN_OR_RETURN(std::vector<QualityRow> rows, lockstep.Run(first, count));
     if (result.end != QualityResult::End::kScoredAll) break;
     for (QualityRow& row : rows) {
@@ -337,6 +376,7 @@ absl::StatusOr<QualityResult> ScoreText(InferenceEngine* reference, InferenceEng
     }
     if (options.progress) options.progress(static_cast<size_t>(first + count));
   }
+  if (result.end == QualityResult::End::kScoredAll) kept->Finish();
   result.duration_ns = options.clock->NowNs() - start_ns;
   return result;
 }

@@ -12,6 +12,7 @@
 #define KVSWEEP_WORKER_ENGINE_QUALITY_H_
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -53,8 +54,10 @@ struct QualityResult {
   End end = End::kScoredAll;
   int64_t duration_ns = 0;
   int64_t steps = 0;                      // of the arm
-  std::vector<double> attended_by_layer;  // entries read by decode steps, mean over KV heads
-  double full_per_layer = 0;              // what a full cache would have read in each layer
+  // Attended fractions (entries read, mean over KV heads, of the tokens so far), summed over decode
+  // rows, and the number of these.
+  std::vector<double> attended_by_layer;
+  int64_t decode_rows = 0;
 };
 
 // The engine that `task` is compared with: the full cache (paged, with memory for `windows` windows
@@ -65,13 +68,38 @@ EngineOptions ReferenceOptions(const ModelConfig& config, const QualityTask& tas
 // Windows side by side that the arm has memory and sequence slots for; 0: not one.
 int32_t WindowsSideBySide(InferenceEngine* arm, const QualityTask& task);
 
-// Scores the text: a QualityRow for each window, in order. `reference` was made with
-// ReferenceOptions for `side_by_side` windows, `arm` with LogitsMode::kLast. A position counts as
-// `dropped` when more tokens were there than max(prefill, the strategy's budget). InvalidArgument
-// when the text is too short; Internal when logits are not finite; other errors are the engines'.
+// The full cache's logits at every scored position, kept so that the arms of an experiment pay for
+// them once. They belong to one task, number of windows side by side, model and KV format.
+class ReferenceLogits {
+ public:
+  // All positions are there: no reference engine is needed.
+  bool complete = false;
+
+  // Makes room for a task's logits, unless they would take more than 512 MiB: then nothing is kept.
+  void Begin(const QualityTask& task, int32_t vocabulary);
+  // `row` counts the scored positions of a window, from 0.
+  void Keep(int32_t window, int32_t row, std::span<const float> logits);
+  std::span<const float> Row(int32_t window, int32_t row) const;
+  // All rows were given.
+  void Finish() { complete = !logits_.empty(); }
+
+ private:
+  std::ptrdiff_t Offset(int32_t window, int32_t row) const;
+
+  size_t rows_ = 0;
+  size_t vocabulary_ = 0;
+  std::vector<float> logits_;  // [windows, rows, V]
+};
+
+// Scores the text: a QualityRow for each window, in order, with its sums by eighths of the window.
+// `reference` was made with ReferenceOptions for `side_by_side` windows (nullptr if `kept` is
+// complete), `arm` with LogitsMode::kLast. A position counts as `dropped` when more tokens were
+// there than max(prefill, the strategy's budget). InvalidArgument when the text is too short;
+// Internal when logits are not finite; other errors are the engines'.
 // REQUIRES: both engines idle, 1 <= side_by_side <= WindowsSideBySide.
-absl::StatusOr<QualityResult> ScoreText(InferenceEngine* reference, InferenceEngine* arm, const QualityTask& task,
-                                        int32_t side_by_side, const QualityOptions& options,
+absl::StatusOr<QualityResult> ScoreText(InferenceEngine* reference, InferenceEngine* arm,
+                                        const QualityTask& task, int32_t side_by_side,
+                                        const QualityOptions& options, ReferenceLogits* kept,
                                         const QualitySink& sink);
 
 // Two next-token distributions at one position, `target` being the token that came: sums in nats.

@@ -279,11 +279,10 @@ class Server {
       book.fetched += counts.fetched;
       book.evicted += counts.evicted;
       book.engaged |= counts.engaged;
-      book.full += static_cast<double>(segment.start_position + 1) *
-                   static_cast<double>(layer_counts_.size());
-      result_.full_per_layer += segment.start_position + 1;
+      const double tokens = segment.start_position + 1;
+      book.full += tokens * static_cast<double>(layer_counts_.size());
       for (size_t layer = 0; layer < layer_counts_.size(); ++layer) {
-        result_.attended_by_layer[layer] += layer_counts_[layer];
+        result_.attended_by_layer[layer] += layer_counts_[layer] / tokens;
       }
     }
     result_.decode_tokens += static_cast<int64_t>(plan.decode.size());

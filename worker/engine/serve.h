@@ -101,8 +101,9 @@ struct ServeResult {
   int64_t recomputed_tokens = 0;
   TierBytes peak;  // reserved
   uint64_t live_device_bytes_peak = 0;
-  std::vector<double> attended_by_layer;  // entries read by decode steps, mean over KV heads
-  double full_per_layer = 0;              // what a full cache would have read in each layer
+  // Attended fractions (entries read, mean over KV heads, of the tokens so far), summed over
+  // decode_tokens.
+  std::vector<double> attended_by_layer;
 
   // Every k-th step, k being the least power of two that leaves at most max_samples.
   std::vector<StepSample> samples;

@@ -16,12 +16,14 @@
 #include "experiments/matrix.h"
 #include "experiments/metrics.h"
 #include "experiments/spec.h"
+#include "worker/engine/manual_steps.h"
 
 namespace kvsweep {
 namespace {
 
-// Windows of a quality trial side by side at most, and bytes of the full cache's logits at a time.
-constexpr int32_t kWindowsSideBySide = 16;
+// Windows or prompts of a quality trial side by side at most, and bytes of the full cache's logits
+// at a time.
+constexpr int32_t kSideBySide = 16;
 constexpr uint64_t kReferenceLogitsBytes = uint64_t{128} << 20;
 
 // The number behind `word` in a message, "asked 4096"; 0 if there is none.
@@ -35,16 +37,25 @@ uint64_t NumberAfter(absl::string_view message, absl::string_view word) {
   return absl::SimpleAtoi(digits.substr(0, count), &number) ? number : 0;
 }
 
-std::vector<ServeRequest> ScheduleOf(const Workload& workload) {
+// Each request `samples` times, one behind the other.
+std::vector<ServeRequest> ScheduleOf(const Workload& workload, uint32_t samples) {
   std::vector<ServeRequest> schedule;
-  schedule.reserve(workload.requests().size());
+  schedule.reserve(workload.requests().size() * samples);
   for (const WorkloadRequest& request : workload.requests()) {
-    schedule.push_back({.arrival_ns = request.arrival_ns == kArrivesOnFinish
-                                          ? ServeRequest::kOnFinish
-                                          : request.arrival_ns,
+    schedule.push_back({.arrival_ns = request.arrival.time_ns,
+                        .after_ended = request.arrival.after_ended,
+                        .think_ns = request.think_ns,
                         .prompt_tokens = static_cast<int32_t>(request.prompt_tokens),
+                        .history_tokens = static_cast<int32_t>(request.history_tokens),
                         .output_tokens = static_cast<int32_t>(request.output_tokens),
-                        .max_tokens = static_cast<int32_t>(request.max_tokens)});
+                        .max_tokens = static_cast<int32_t>(request.max_tokens),
+                        .session = request.session,
+                        .turn = request.turn,
+                        .last_turn = request.last_turn});
+    for (uint32_t sample = 1; sample < samples; ++sample) {
+      schedule.push_back(schedule.back());
+      schedule.back().sample = sample;
+    }
   }
   return schedule;
 }
@@ -57,6 +68,12 @@ Arm ReferenceArm() {
   arm.mutable_paged()->set_block_size(16);
   arm.mutable_paged()->set_watermark(0);
   return arm;
+}
+
+// First layers that attend to everything because the arm says so.
+size_t FullLayers(const Arm& arm) {
+  if (arm.strategy() == "infinigen") return arm.infinigen().n_full_layers();
+  return arm.strategy() == "h2o" ? arm.h2o().full_layers() : 0;
 }
 
 const char* YesNo(bool value) { return value ? "yes" : "no"; }
@@ -144,13 +161,16 @@ EngineOptions Trial::ArmOptions() const {
       .max_sequences = static_cast<int32_t>(spec.engine().max_num_seqs()),
       .max_batched_tokens = static_cast<int32_t>(spec.engine().max_num_batched_tokens()),
       .max_context = is_quality() ? quality_.context : static_cast<int32_t>(workload_->max_total()),
+      .chunked_prefill = spec.engine().chunked_prefill(),
       .graphs = spec.engine().graphs(),
       .logits = is_quality() ? LogitsMode::kLast : LogitsMode::kNone,
       .kv_dtype = kv_dtype_,
       .device_bytes = spec.kv().device_bytes(),
       .host_bytes = spec.kv().host_bytes()};
   if (is_quality()) {
-    options.max_sequences = std::min({options.max_sequences, quality_.windows, kWindowsSideBySide});
+    options.max_sequences =
+        std::min({options.max_sequences, kSideBySide,
+                  std::max(quality_.windows, static_cast<int32_t>(passkeys_.size()))});
   }
   return options;
 }
@@ -165,29 +185,60 @@ absl::Status Trial::Prepare() {
         engine_->chunk_alignment(), " tokens; raise it to at least that"));
   }
   if (is_quality()) {
-    side_by_side_ = WindowsSideBySide(engine_.get(), quality_);
-    if (side_by_side_ == 0) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("kv.device_bytes: no room for one quality window of ", quality_.context,
-                       " tokens; raise it or lower quality.context"));
-    }
+    engine_->strategy().Diagnose();
+    RETURN_IF_ERROR(PrepareReference());
+  }
+  return CheckPreparation();
+}
+
+// Decides what runs side by side, and makes the full cache unless the arms before have asked it the
+// same.
+absl::Status Trial::PrepareReference() {
+  side_by_side_ = WindowsSideBySide(engine_.get(), quality_);
+  passkeys_side_by_side_ = static_cast<int32_t>(passkeys_.size());
+  for (const PasskeyPrompt& prompt : passkeys_) {
+    passkeys_side_by_side_ =
+        SequencesSideBySide(engine_.get(), prompt.shape(), passkeys_side_by_side_);
+  }
+  if (side_by_side_ == 0 || (!passkeys_.empty() && passkeys_side_by_side_ == 0)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("kv.device_bytes: no room for one quality window of ", quality_.context,
+                     " tokens; raise it or lower quality.context"));
+  }
+  // The batch is part of the question: it decides the last bits of the answer.
+  TrialSpec question = request_.spec();
+  question.clear_arm();
+  const std::string key =
+      absl::StrCat(question.SerializeAsString(), " ", side_by_side_, " ", passkeys_side_by_side_);
+  KnownReference& known = *context_.reference;
+  if (known.question != key) known = {.question = key};
+  if (!known.logits.complete) {
     ASSIGN_OR_RETURN(reference_, InferenceEngine::Create(
                                      backend_, model_, ReferenceArm(),
                                      ReferenceOptions(model_->config(), quality_, side_by_side_,
                                                       kv_dtype_, kReferenceLogitsBytes),
                                      {}));
   }
-  return CheckPreparation();
+  if (known.passkeys.size() < passkeys_.size()) {
+    known.passkeys.clear();
+    ASSIGN_OR_RETURN(
+        passkey_reference_,
+        InferenceEngine::Create(backend_, model_, ReferenceArm(),
+                                PasskeyReferenceOptions(model_->config(), quality_.context,
+                                                        passkeys_side_by_side_, kv_dtype_),
+                                {}));
+  }
+  return absl::OkStatus();
 }
 
 // ---------------------------------------------------------------------------------------- warm up
 
 absl::Status Trial::WarmUp() {
   if (warmup_ == nullptr) return CheckPreparation();
-  const std::vector<ServeRequest> requests = ScheduleOf(*warmup_);
+  const std::vector<ServeRequest> requests = ScheduleOf(*warmup_, samples());
   const ServeSchedule schedule{.requests = requests,
                                .copy_prompt = [this](size_t index, std::span<int32_t> prompt) {
-                                 warmup_->CopyPrompt(index, prompt);
+                                 warmup_->CopyPrompt(index / samples(), prompt);
                                }};
   // Real time even in a modelled trial: its clock starts with the measurement.
   const ServeOptions options{
@@ -216,13 +267,14 @@ absl::Status Trial::Measure() {
 
 absl::Status Trial::MeasureLoad() {
   const Arrivals& arrivals = request_.spec().load().arrivals();
-  const std::vector<ServeRequest> requests = ScheduleOf(*workload_);
+  const std::vector<ServeRequest> requests = ScheduleOf(*workload_, samples());
   const ServeSchedule schedule{
       .requests = requests,
       .copy_prompt = [this](size_t index,
-                            std::span<int32_t> prompt) { workload_->CopyPrompt(index, prompt); },
-      .open_loop =
-          arrivals.process() == Arrivals::PROCESS_POISSON && std::isfinite(arrivals.rate())};
+                            std::span<int32_t> prompt) {
+        workload_->CopyPrompt(index / samples(), prompt);
+      },
+      .open_loop = IsOpenLoop(arrivals)};
   const ServeOptions options{
       .clock = &clock(),
       .modelled = modelled(),
@@ -284,21 +336,49 @@ absl::Status Trial::MeasureQuality() {
       .progress = [this](size_t done) { ReportProgress(done); }};
   EnterPhase("measure", static_cast<uint64_t>(quality_.windows));
   ASSIGN_OR_RETURN(scored_, ScoreText(reference_.get(), engine_.get(), quality_, side_by_side_,
-                                      options, [this](QualityRow row) {
+                                      options, &context_.reference->logits, [this](QualityRow row) {
                                         Record record = NewRecord();
                                         *record.mutable_quality() = std::move(row);
                                         return context_.recorder->Offer(std::move(record));
                                       }));
   outcome_.set_duration_ns(scored_.duration_ns);
-  const auto judge = [this](Outcome outcome) {
+  JudgeQuality("windows scored", static_cast<size_t>(quality_.windows));
+  if (scored_.end == QualityResult::End::kScoredAll && !passkeys_.empty()) {
+    return MeasurePasskeys();
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Trial::MeasurePasskeys() {
+  const auto limit_ns = static_cast<int64_t>(request_.spec().limits().trial());
+  const QualityOptions options{.clock = &clock(),
+                               .modelled = modelled(),
+                               .time_limit_ns = limit_ns - std::min(limit_ns, scored_.duration_ns),
+                               .cancel = context_.cancel,
+                               .progress = [this](size_t done) { ReportProgress(done); }};
+  EnterPhase("measure", passkeys_.size());
+  const int64_t start_ns = clock().NowNs();
+  ASSIGN_OR_RETURN(
+      scored_.end,
+      RecallPasskeys(passkey_reference_.get(), engine_.get(), passkeys_, passkeys_side_by_side_,
+                     options, &context_.reference->passkeys, [this](PasskeyRow row) {
+                       Record record = NewRecord();
+                       *record.mutable_passkey() = std::move(row);
+                       return context_.recorder->Offer(std::move(record));
+                     }));
+  outcome_.set_duration_ns(scored_.duration_ns + clock().NowNs() - start_ns);
+  JudgeQuality("pass keys asked", passkeys_.size());
+  return absl::OkStatus();
+}
+
+void Trial::JudgeQuality(absl::string_view what, size_t of) {
+  const auto judge = [&](Outcome outcome) {
     outcome_.set_outcome(outcome);
-    outcome_.set_evidence(
-        absl::StrCat(progress_.done(), " of ", quality_.windows, " windows scored"));
+    outcome_.set_evidence(absl::StrCat(progress_.done(), " of ", of, " ", what));
   };
   if (scored_.end == QualityResult::End::kCancelled) judge(OUTCOME_CANCELLED);
   if (scored_.end == QualityResult::End::kTimeLimit) judge(OUTCOME_TIMEOUT);
   if (scored_.end == QualityResult::End::kSinkFull) judge(OUTCOME_RECORDER_OVERFLOW);
-  return absl::OkStatus();
 }
 
 // ------------------------------------------------------------------------------ drain, summarise
@@ -311,10 +391,10 @@ absl::Status Trial::Drain() {
 absl::Status Trial::Summarise() {
   if (is_quality()) {
     EmitCounter(recorded::kSteps, -1, static_cast<double>(scored_.steps));
-    SummariseLayers(scored_.attended_by_layer, scored_.full_per_layer);
+    SummariseLayers(scored_.attended_by_layer, scored_.decode_rows);
   } else {
     SummariseLoad();
-    SummariseLayers(served_.attended_by_layer, served_.full_per_layer);
+    SummariseLayers(served_.attended_by_layer, served_.decode_tokens);
   }
   for (const CacheStrategy::Figure& figure : engine_->strategy().Figures()) {
     EmitCounter(figure.name, figure.layer, figure.value);
@@ -333,6 +413,7 @@ void Trial::SummariseLoad() {
   count(recorded::kKvBytesDeviceToHost, served_.kv_bytes_to_host);
   count(recorded::kSteps, served_.steps);
   count("captured_steps", served_.captured_steps);
+  count(recorded::kMemoryShortSteps, served_.memory_short_steps);
   count("prefill_tokens", served_.prefill_tokens);
   count("decode_tokens", served_.decode_tokens);
   count("preemptions", served_.preemptions);
@@ -350,13 +431,23 @@ void Trial::SummariseLoad() {
   }
 }
 
-// Attended fraction of each layer's decode steps.
-void Trial::SummariseLayers(std::span<const double> attended_by_layer, double full_per_layer) {
-  if (full_per_layer <= 0) return;
-  for (size_t layer = 0; layer < attended_by_layer.size(); ++layer) {
-    EmitCounter("attended_fraction", static_cast<int32_t>(layer),
-                attended_by_layer[layer] / full_per_layer);
+// Attended fraction, mean over decode rows: of each layer, of all, and of those that the arm does
+// not keep in full by its own parameters.
+void Trial::SummariseLayers(std::span<const double> attended_by_layer, int64_t decode_rows) {
+  if (decode_rows == 0) return;
+  const size_t full = FullLayers(request_.spec().arm());
+  const size_t layers = attended_by_layer.size();
+  double all = 0;
+  double beyond = 0;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    const double fraction = attended_by_layer[layer] / static_cast<double>(decode_rows);
+    EmitCounter(recorded::kAttendedFraction, static_cast<int32_t>(layer), fraction);
+    all += fraction;
+    if (layer >= full) beyond += fraction;
   }
+  EmitCounter(recorded::kAttendedFraction, -1, all / static_cast<double>(layers));
+  if (full >= layers) return;
+  EmitCounter(recorded::kAttendedBeyondFull, -1, beyond / static_cast<double>(layers - full));
 }
 
 // ---------------------------------------------------------------------------------------- records
@@ -441,6 +532,7 @@ void Trial::AddFacts(TrialStart* start) const {
   facts["token_budget"] = budget < 0 ? "all" : absl::StrCat(budget);
   facts["engagement_rule"] = engine_->strategy().engagement_rule().text;
   if (is_quality()) facts["windows_side_by_side"] = absl::StrCat(side_by_side_);
+  if (!passkeys_.empty()) facts["passkeys_side_by_side"] = absl::StrCat(passkeys_side_by_side_);
 }
 
 void Trial::EmitCounter(absl::string_view name, int32_t layer, double value) {

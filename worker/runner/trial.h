@@ -3,6 +3,7 @@
 #ifndef KVSWEEP_WORKER_RUNNER_TRIAL_H_
 #define KVSWEEP_WORKER_RUNNER_TRIAL_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -16,6 +17,7 @@
 #include "experiments/workload.h"
 #include "proto/runner.pb.h"
 #include "worker/engine/engine.h"
+#include "worker/engine/passkey.h"
 #include "worker/engine/quality.h"
 #include "worker/engine/serve.h"
 #include "worker/runner/input_cache.h"
@@ -24,10 +26,18 @@
 
 namespace kvsweep {
 
+// What the full cache said to the latest quality question, for the arms that are asked the same.
+struct KnownReference {
+  std::string question;  // all that its answers depend on
+  ReferenceLogits logits;
+  std::vector<std::vector<int32_t>> passkeys;  // its answer to each prompt, so far
+};
+
 // What a trial runs in; all of it outlives the trial.
 struct TrialContext {
   WarmDevice* device = nullptr;
   InputCache* inputs = nullptr;
+  KnownReference* reference = nullptr;
   Recorder* recorder = nullptr;
   const std::atomic<bool>* cancel = nullptr;
   std::string slot_device_class;  // as the runner introduced itself; empty: the backend's own
@@ -57,19 +67,24 @@ class Trial {
   absl::Status Summarise();
 
   bool is_quality() const { return request_.spec().kind() == TrialSpec::KIND_QUALITY; }
+  uint32_t samples() const { return std::max(request_.spec().load().samples(), 1u); }
   bool is_modelled() const { return request_.spec().engine().time() == Engine::TIME_MODELLED; }
   Clock& clock() { return is_modelled() ? static_cast<Clock&>(modelled_clock_) : RealClock::Get(); }
   SimulatedClock* modelled() { return is_modelled() ? &modelled_clock_ : nullptr; }
 
+  absl::StatusOr<std::span<const int32_t>> TextIds(const std::string& path);
   absl::Status LoadWorkload();
   absl::Status LoadQualityTask();
   absl::Status LoadCalibration();
   EngineOptions ArmOptions() const;
   absl::Status MeasureLoad();
+  absl::Status PrepareReference();
   absl::Status MeasureQuality();
+  absl::Status MeasurePasskeys();
+  void JudgeQuality(absl::string_view what, size_t of);
   void JudgeLoad();
   void SummariseLoad();
-  void SummariseLayers(std::span<const double> attended_by_layer, double full_per_layer);
+  void SummariseLayers(std::span<const double> attended_by_layer, int64_t decode_rows);
 
   void EnterPhase(absl::string_view phase, uint64_t total);
   absl::Status CheckPreparation() const;
@@ -93,10 +108,15 @@ class Trial {
   std::unique_ptr<Workload> workload_;
   std::unique_ptr<Workload> warmup_;
   QualityTask quality_;
-  int32_t side_by_side_ = 0;
+  std::vector<PasskeyPrompt> passkeys_;
+  int32_t side_by_side_ = 0;           // windows
+  int32_t passkeys_side_by_side_ = 0;  // prompts
   DType kv_dtype_ = DType::kF32;
   std::unique_ptr<InferenceEngine> engine_;
-  std::unique_ptr<InferenceEngine> reference_;  // of a quality trial
+  // Of a quality trial, unless its answers are known: the full cache for the windows and for the
+  // pass keys.
+  std::unique_ptr<InferenceEngine> reference_;
+  std::unique_ptr<InferenceEngine> passkey_reference_;
 
   ServeResult served_;
   QualityResult scored_;

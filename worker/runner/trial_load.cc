@@ -5,8 +5,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/limits.h"
 #include "base/random.h"
 #include "base/status_macros.h"
+#include "worker/engine/token_file.h"
 #include "worker/runner/trial.h"
 
 namespace kvsweep {
@@ -31,7 +33,27 @@ DType KvDtype(const Kv& kv, const ModelConfig& config) {
   }
 }
 
+// Tokens of the longest request that the spec names by number; a trace's are clipped to the model.
+int32_t AskedContext(const TrialSpec& spec) {
+  const Lengths& lengths = spec.load().lengths();
+  const uint32_t most =
+      spec.kind() == TrialSpec::KIND_QUALITY
+          ? spec.quality().context()
+          : std::max({lengths.max_total(), lengths.input() + lengths.output(),
+                      lengths.input_distribution().max() + lengths.output_distribution().max()});
+  return static_cast<int32_t>(std::min<int64_t>(most, limits::kContextTokens));
+}
+
 }  // namespace
+
+// Token files need no tokenizer, texts do.
+absl::StatusOr<std::span<const int32_t>> Trial::TextIds(const std::string& path) {
+  if (IsTokenFile(path)) {
+    return context_.inputs->TokenIds(request_, path, model_->config().vocabulary);
+  }
+  ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
+  return context_.inputs->TextIds(request_, path, *tokenizer, context_.device->model_key());
+}
 
 absl::Status Trial::Load() {
   const TrialSpec& spec = request_.spec();
@@ -45,7 +67,8 @@ absl::Status Trial::Load() {
   }
   if (spec.model().has_shape()) {
     ASSIGN_OR_RETURN(model_,
-                     context_.device->UseShape(spec.model().shape(), spec.model().weights_seed()));
+                     context_.device->UseShape(spec.model().shape(), spec.model().weights_seed(),
+                                               AskedContext(spec)));
   } else {
     ASSIGN_OR_RETURN(model_,
                      context_.device->UseFolder(request_.model_path(), spec.model_reference()));
@@ -63,9 +86,7 @@ absl::Status Trial::LoadWorkload() {
                         .vocabulary = static_cast<uint32_t>(config.vocabulary),
                         .bos_id = config.bos_id};
   if (load.has_text()) {
-    ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
-    ASSIGN_OR_RETURN(inputs.text_ids, context_.inputs->TextIds(request_, load.text(), *tokenizer,
-                                                               context_.device->model_key()));
+    ASSIGN_OR_RETURN(inputs.text_ids, TextIds(load.text()));
   }
   if (load.lengths().has_trace()) {
     ASSIGN_OR_RETURN(inputs.trace, context_.inputs->FindTrace(request_, load.lengths().trace()));
@@ -84,31 +105,29 @@ absl::Status Trial::LoadQualityTask() {
   const TrialSpec& spec = request_.spec();
   const Quality& quality = spec.quality();
   const std::string& text = quality.has_text() ? quality.text() : spec.load().text();
-  ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
-  ASSIGN_OR_RETURN(quality_.text_ids, context_.inputs->TextIds(request_, text, *tokenizer,
-                                                               context_.device->model_key()));
+  ASSIGN_OR_RETURN(quality_.text_ids, TextIds(text));
   quality_.bos_id = model_->config().bos_id;
   quality_.context = static_cast<int32_t>(quality.context());
   quality_.prefill = static_cast<int32_t>(quality.prefill());
   quality_.windows = QualityWindows(quality.text_tokens(), quality_.context, quality_.prefill);
   if (quality.has_passkey()) {
+    ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
     ASSIGN_OR_RETURN(passkeys_, MakePasskeyPrompts(quality.passkey(), *tokenizer, quality_.text_ids,
                                                    quality_.bos_id, quality_.context));
   }
   return absl::OkStatus();
 }
 
-// What strategies prepare themselves on: the second half of the text, away from the windows that
-// quality is measured on; without a text, random ids.
+// What strategies prepare themselves on: the second half of the load's text (of the scored one, if
+// that is all there is), away from the windows that quality is measured on; without a text, random
+// ids.
 absl::Status Trial::LoadCalibration() {
   const ModelConfig& config = model_->config();
   if (config.bos_id.has_value()) calibration_.push_back(*config.bos_id);
   std::span<const int32_t> text = quality_.text_ids;
   const kvsweep::Load& load = request_.spec().load();
-  if (text.empty() && load.has_text()) {
-    ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
-    ASSIGN_OR_RETURN(text, context_.inputs->TextIds(request_, load.text(), *tokenizer,
-                                                    context_.device->model_key()));
+  if (load.has_text()) {
+    ASSIGN_OR_RETURN(text, TextIds(load.text()));
   }
   const size_t count = std::min(kCalibrationIds, static_cast<size_t>(config.max_positions));
   if (!text.empty()) {

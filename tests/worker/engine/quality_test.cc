@@ -46,7 +46,9 @@ struct Scored {
 
 class ScoreTextTest : public testing::Test {
  protected:
-  Scored Score(const Arm& arm, QualityTask task, int32_t sequences, QualityOptions options = {}) {
+  // With the full cache's logits in `kept`, or computed where it has none.
+  Scored Score(const Arm& arm, QualityTask task, int32_t sequences, QualityOptions options = {},
+               ReferenceLogits* kept = nullptr) {
     const std::unique_ptr<InferenceEngine> engine =
         stories_.MakeEngine(arm, {.max_sequences = sequences,
                                   .max_batched_tokens = 128,
@@ -57,16 +59,21 @@ class ScoreTextTest : public testing::Test {
                                   .device_bytes = 64 * kMiB});
     const int32_t side_by_side = WindowsSideBySide(engine.get(), task);
     EXPECT_EQ(side_by_side, std::min(sequences, task.windows));
-    const std::unique_ptr<InferenceEngine> reference = stories_.MakeEngine(
-        PagedArm(), ReferenceOptions(engine->config(), task, side_by_side, DType::kF32, kMiB));
+    std::unique_ptr<InferenceEngine> reference;
+    if (kept == nullptr || !kept->complete) {
+      reference = stories_.MakeEngine(
+          PagedArm(), ReferenceOptions(engine->config(), task, side_by_side, DType::kF32, kMiB));
+    }
+    ReferenceLogits own;
     SimulatedClock clock;
     options.clock = options.modelled = &clock;
     Scored scored;
     absl::StatusOr<QualityResult> result =
-        ScoreText(reference.get(), engine.get(), task, side_by_side, options, [&](QualityRow row) {
-          scored.rows.push_back(std::move(row));
-          return true;
-        });
+        ScoreText(reference.get(), engine.get(), task, side_by_side, options,
+                  kept == nullptr ? &own : kept, [&](QualityRow row) {
+                    scored.rows.push_back(std::move(row));
+                    return true;
+                  });
     EXPECT_TRUE(result.ok()) << result.status();
     scored.result = *std::move(result);
     return scored;
@@ -120,9 +127,9 @@ TEST_F(ScoreTextTest, AnEvictingArmIsJudgedWhereItDropped) {
     EXPECT_GT(row.dropped_kl_sum(), 0);
     EXPECT_LE(row.dropped_kl_sum(), row.kl_sum() + 1e-12);
     // 65 of 129 to 512 tokens are read.
-    double full = 0;
-    for (int tokens = 129; tokens <= 511; ++tokens) full += tokens;
-    EXPECT_NEAR(row.attended_fraction(), 65.0 * 383 / full, 1e-9);
+    double ratios = 0;
+    for (int tokens = 129; tokens <= 511; ++tokens) ratios += 65.0 / tokens;
+    EXPECT_NEAR(row.attended_fraction(), ratios / 383, 1e-9);
   }
   EXPECT_EQ(scored.rows[3].window(), 3u);
 }
@@ -141,6 +148,49 @@ TEST_F(ScoreTextTest, ResultsDoNotDependOnTheWindowsBeside) {
   for (size_t i = 0; i < 3; ++i) {
     EXPECT_EQ(alone.rows[i].SerializeAsString(), together.rows[i].SerializeAsString()) << i;
   }
+}
+
+TEST_F(ScoreTextTest, PositionsAddUpToTheWindow) {
+  const Scored scored = Score(H2oArm(0.5, 0.5, BUDGET_BASE_FIXED, 64), Samples(3, 100), 3);
+  for (const QualityRow& row : scored.rows) {
+    SCOPED_TRACE(row.DebugString());
+    QualityRow sum;
+    uint32_t next = 100;  // the first token that is scored
+    for (const QualityPositions& part : row.positions()) {
+      EXPECT_EQ(part.first_position(), next);
+      // Eighths of 512 positions; the first is cut by the prompt.
+      EXPECT_EQ(part.scored_tokens(), next == 100 ? 28u : 64u);
+      next += part.scored_tokens();
+      sum.set_nll_sum(sum.nll_sum() + part.nll_sum());
+      sum.set_kl_sum(sum.kl_sum() + part.kl_sum());
+      sum.set_top1_matches(sum.top1_matches() + part.top1_matches());
+    }
+    EXPECT_EQ(next, 512u);
+    EXPECT_NEAR(sum.nll_sum(), row.nll_sum(), 1e-9);
+    EXPECT_NEAR(sum.kl_sum(), row.kl_sum(), 1e-9);
+    EXPECT_EQ(sum.top1_matches(), row.top1_matches());
+  }
+}
+
+// Another arm's trial computed the full cache's logits; this one has no reference engine at all.
+TEST_F(ScoreTextTest, KeptLogitsGiveTheSameScores) {
+  const Arm arm = H2oArm(0.5, 0.5, BUDGET_BASE_FIXED, 64);
+  const Scored computed = Score(arm, Samples(3, 64), 2);
+  ReferenceLogits kept;
+  Score(PagedArm(), Samples(3, 64), 2, {}, &kept);
+  ASSERT_TRUE(kept.complete);
+  const Scored served = Score(arm, Samples(3, 64), 2, {}, &kept);
+  ASSERT_EQ(served.rows.size(), computed.rows.size());
+  for (size_t i = 0; i < computed.rows.size(); ++i) {
+    EXPECT_EQ(computed.rows[i].SerializeAsString(), served.rows[i].SerializeAsString()) << i;
+  }
+}
+
+TEST_F(ScoreTextTest, AnUnfinishedReferenceIsNotKept) {
+  std::atomic<bool> cancel = true;
+  ReferenceLogits kept;
+  Score(PagedArm(), Samples(2, 64), 2, {.cancel = &cancel}, &kept);
+  EXPECT_FALSE(kept.complete);
 }
 
 TEST_F(ScoreTextTest, EndsEarlyWithoutHalfWindows) {

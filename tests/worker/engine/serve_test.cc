@@ -162,7 +162,7 @@ TEST_F(ServeTest, EvictionShowsInTheRows) {
     }
   }
   EXPECT_GT(engaged, 0);
-  EXPECT_LT(served.result.attended_by_layer[0], served.result.full_per_layer);
+  EXPECT_LT(served.result.attended_by_layer[0], served.result.decode_tokens);
 }
 
 TEST_F(ServeTest, ClosedLoopKeepsItsConcurrency) {

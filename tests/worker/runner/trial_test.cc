@@ -75,7 +75,11 @@ class TrialTest : public testing::Test {
         return absl::OkStatus();
       });
       Trial(request,
-            {.device = &device_, .inputs = &inputs_, .recorder = &recorder, .cancel = &cancel})
+            {.device = &device_,
+             .inputs = &inputs_,
+             .reference = &reference_,
+             .recorder = &recorder,
+             .cancel = &cancel})
           .Run();
       recorder.Finish(request.trial_id());
     }
@@ -102,6 +106,7 @@ class TrialTest : public testing::Test {
   std::unique_ptr<Matrix> matrix_;
   WarmDevice device_{MakeBackend, 1};
   InputCache inputs_;
+  KnownReference reference_;
 };
 
 TEST_F(TrialTest, EveryArmServesTheSameRequestsToTheEnd) {
@@ -132,7 +137,7 @@ TEST_F(TrialTest, EveryArmServesTheSameRequestsToTheEnd) {
       EXPECT_GT(names[name], 0) << name;
       EXPECT_LE(names[name], 200) << name;
     }
-    EXPECT_EQ(names["attended_fraction"], 5) << "one for each layer";
+    EXPECT_EQ(names["attended_fraction"], 6) << "one for each layer, one for all";
   }
   EXPECT_EQ(lengths[0], lengths[1]);
   EXPECT_EQ(lengths[0], lengths[2]);
