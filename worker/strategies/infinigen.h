@@ -71,9 +71,8 @@ class InfinigenStrategy : public CacheStrategy {
   // Tests only: speculate from the layer's own input, known when it is too late to prefetch. Before
   // the first step.
   void UseOracleInput() { oracle_input_ = true; }
-  // Tests only: what the last step selected, and the speculated margins of its last speculating
-  // layer.
-  const InfinigenScratch& scratch() const { return scratch_; }
+  // Tests only: what the host read after the last step.
+  const InfinigenHostScratch& host_scratch() const { return host_scratch_; }
 
  private:
   // An event that orders streams inside one step; waiting before it was recorded in this step is no

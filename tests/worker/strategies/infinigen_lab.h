@@ -4,11 +4,13 @@
 #define KVSWEEP_TESTS_WORKER_STRATEGIES_INFINIGEN_LAB_H_
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "base/file.h"
 #include "kernels/cpu/kv_rows.h"
 #include "tests/worker/engine/engine_fixture.h"
 #include "worker/engine/manual_steps.h"
@@ -157,11 +159,15 @@ inline std::unique_ptr<LoadedModel> MakeModel(Backend* backend, const LabShape& 
 // A few sequences with tokens of their own, all prefilled, then decoded side by side.
 class Lab {
  public:
+  // `text`: what calibration and sequences are cut from; empty: random ids.
   Lab(Backend* backend, const LoadedModel* model, const Arm& arm, EngineOptions options,
-      uint64_t seed = 5)
-      : backend_(*backend), random_(seed) {
+      std::vector<int32_t> text = {})
+      : backend_(*backend), text_(std::move(text)) {
     options.logits = LogitsMode::kLast;
-    const std::vector<int32_t> calibration = RandomIds(random_, 256, model->config().vocabulary);
+    Random random(5);
+    const std::vector<int32_t> calibration =
+        text_.empty() ? RandomIds(random, 256, model->config().vocabulary)
+                      : std::vector<int32_t>(text_.end() - 1024, text_.end());
     absl::StatusOr<std::unique_ptr<InferenceEngine>> engine =
         InferenceEngine::Create(backend, model, arm, options, calibration);
     KVSWEEP_CHECK_OK(engine);
@@ -177,6 +183,7 @@ class Lab {
     Random random(MixSeed(99, static_cast<uint64_t>(id)));
     std::vector<int32_t> tokens =
         RandomIds(random, static_cast<size_t>(limit), engine_->config().vocabulary);
+    if (!text_.empty()) std::copy_n(text_.begin() + 500 * id, limit - 1, tokens.begin() + 1);
     shapes_[id] = {prompt, limit - prompt};
     held_[id] = prompt;
     engine_->AddSequence(id, tokens, prompt);
@@ -215,12 +222,23 @@ class Lab {
 
  private:
   Backend& backend_;
-  Random random_;
+  std::vector<int32_t> text_;
   std::unique_ptr<InferenceEngine> engine_;
   std::map<RequestId, RequestShape> shapes_;
   std::map<RequestId, int32_t> held_;
   StepResult last_;
 };
+
+// Held-out text of a books model, as ids.
+inline std::vector<int32_t> HeldOutIds(const std::string& model) {
+  const std::string bytes =
+      *ReadFile("experiments/models/" + model + "/val_ids_u16.npy", int64_t{1} << 20);
+  std::vector<int32_t> ids;
+  for (size_t i = 128; i + 1 < bytes.size() && ids.size() < 8192; i += 2) {
+    ids.push_back(static_cast<uint8_t>(bytes[i]) | static_cast<uint8_t>(bytes[i + 1]) << 8);
+  }
+  return ids;
+}
 
 inline EngineOptions LabOptions() {
   return {.max_sequences = 4,
@@ -238,6 +256,14 @@ Arm InfinigenWith(const InfinigenSettings& settings, const Change& change) {
   change(arm.mutable_infinigen());
   return arm;
 }
+
+// A named change of the parameters, and the engine it runs on.
+struct Variant {
+  const char* name;
+  std::function<void(Infinigen*)> change;
+  int32_t max_batched_tokens = 64;
+  bool graphs = true;
+};
 
 }  // namespace kvsweep
 
