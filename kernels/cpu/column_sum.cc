@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "base/planted_bug.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/kv_rows.h"
@@ -108,7 +109,9 @@ struct ColumnTile {
       const int64_t tile_end = std::min<int64_t>(tile + kColumnSumRows, end);
       for (int64_t row = std::max(tile, first_row); row < tile_end; ++row) {
         AddRow(row - args.history_tokens,
-               static_cast<int>(std::min<int64_t>(columns, row + 1 - first)));
+               BugPlanted("column_sum_sees_the_future")
+                   ? columns
+                   : static_cast<int>(std::min<int64_t>(columns, row + 1 - first)));
       }
       AddSums(tile_end - std::max<int64_t>(tile, args.history_tokens));
     }

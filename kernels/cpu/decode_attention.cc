@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "base/planted_bug.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/kv_rows.h"
@@ -20,9 +21,15 @@ struct Decode {
   int64_t Stored(int64_t row, int64_t kv_head) const {
     return IsActive(args.row_active, row) ? KvLength(args.view, row, kv_head) : 0;
   }
+  // The row's stored tokens, whatever part of them this call attends to.
+  int64_t Whole(int64_t row, int64_t kv_head) const {
+    if (args.view.length == nullptr || !IsActive(args.row_active, row)) return 0;
+    return args.view.length[row * args.view.length_stride + kv_head * args.view.length_head_stride];
+  }
   // Stored tokens and the current one.
   int64_t Attended(int64_t row, int64_t kv_head) const {
-    const bool current = args.current_key.data != nullptr && IsActive(args.row_active, row);
+    const bool current = args.current_key.data != nullptr && IsActive(args.row_active, row) &&
+                         !BugPlanted("current_token_missing");
     return Stored(row, kv_head) + (current ? 1 : 0);
   }
   float* Probability(int64_t row, int64_t head) const {
@@ -30,9 +37,23 @@ struct Decode {
   }
 
   void Attend(int64_t task, Workspace& workspace) const;
+  void LeaveScores(const AttentionRows& queries, int q, int64_t row, int64_t kv_head, int64_t first,
+                   int tokens) const;
   void Merge(int64_t task) const;
   void Normalise(int64_t row, int64_t kv_head, int64_t head, float maximum, float sum) const;
 };
+
+// Puts the scores of entries first .. first + tokens - 1 where their probabilities belong: a tile's
+// slots behind those of earlier tiles, the current token behind all of them.
+void Decode::LeaveScores(const AttentionRows& queries, int q, int64_t row, int64_t kv_head,
+                         int64_t first, int tokens) const {
+  const float* const scores = queries.score + q * kTileTokens;
+  float* const line = Probability(row, kv_head * group + q);
+  const auto stored =
+      static_cast<int>(std::clamp<int64_t>(Stored(row, kv_head) - first, 0, tokens));
+  std::copy_n(scores, stored, line + args.view.first_token + first);
+  if (stored < tokens) line[Whole(row, kv_head)] = scores[stored];
+}
 
 // One split of one (row, KV head).
 void Decode::Attend(int64_t task, Workspace& workspace) const {
@@ -48,7 +69,12 @@ void Decode::Attend(int64_t task, Workspace& workspace) const {
   for (int q = 0; q < group; ++q) {
     queries.SetQuery(q, Row(args.query, row) + (kv_head * group + q) * head_dim, args.scale);
   }
-  KeyRange keys{.view = &args.view, .row = row, .head = kv_head, .stored = Stored(row, kv_head)};
+  KeyRange keys{.view = &args.view,
+                .row = row,
+                .head = kv_head,
+                .stored = Stored(row, kv_head),
+                .rotation = &args.rotation,
+                .own_position = Whole(row, kv_head)};
   if (args.current_key.data != nullptr) {
     keys.own_key = Row(args.current_key, row) + kv_head * head_dim;
     keys.own_value = Row(args.current_value, row) + kv_head * head_dim;
@@ -58,10 +84,7 @@ void Decode::Attend(int64_t task, Workspace& workspace) const {
     keys.Load(queries.key, queries.value, first, tokens, head_dim);
     for (int q = 0; q < group; ++q) {
       queries.Score(q, tokens, tokens);
-      if (args.probability != nullptr) {
-        std::copy_n(queries.score + q * kTileTokens, tokens,
-                    Probability(row, kv_head * group + q) + first);
-      }
+      if (args.probability != nullptr) LeaveScores(queries, q, row, kv_head, first, tokens);
       queries.Weigh(q);
     }
     queries.AddValues(tokens);
@@ -108,7 +131,7 @@ void Decode::Merge(int64_t task) const {
 // Turns the scores that Attend has left in the probabilities' place into probabilities.
 void Decode::Normalise(int64_t row, int64_t kv_head, int64_t head, float maximum, float sum) const {
   float* const line = Probability(row, head);
-  const int64_t attended = Attended(row, kv_head);
+  const int64_t attended = Whole(row, kv_head) + Attended(row, kv_head) - Stored(row, kv_head);
   const float inverse = 1.0f / sum;
   int64_t t = 0;
   for (; t + kLanes <= attended; t += kLanes) {

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
+#include "base/planted_bug.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/kv_rows.h"
 #include "kernels/cpu/operations.h"
@@ -62,7 +63,8 @@ struct Head {
     float least_worth = Worth(begin);
     for (int64_t slot = begin + 1; slot < end; ++slot) {
       const float worth = Worth(slot);
-      if (worth < least_worth || (worth == least_worth && position(slot) > position(least))) {
+      const bool later = (position(slot) > position(least)) != BugPlanted("ties_evict_the_earlier");
+      if (worth < least_worth || (worth == least_worth && later)) {
         least = slot;
         least_worth = worth;
       }
@@ -95,7 +97,8 @@ struct Head {
 
   // The token of rank `gone` has left a full row of `slots` slots, whose slot `target` is new.
   void CloseRanks(int32_t gone, int64_t slots, int64_t target) const {
-    for (int64_t slot = 0; slot < slots; ++slot) rank(slot) -= rank(slot) > gone;
+    const bool unsorted = BugPlanted("rolling_ranks_unsorted");
+    for (int64_t slot = 0; slot < slots; ++slot) rank(slot) -= rank(slot) > gone && !unsorted;
     rank(target) = static_cast<int32_t>(slots - 1);
   }
 
@@ -105,7 +108,8 @@ struct Head {
     const int64_t heavy = args.heavy[row];
     const int64_t recent = args.recent[row];
     const int64_t sinks = std::min<int64_t>(args.sinks, heavy);
-    const int64_t least = scored() ? Least(sinks, heavy) : kNowhere;
+    const int64_t end = BugPlanted("argmin_over_window") ? heavy + recent : heavy;
+    const int64_t least = scored() ? Least(sinks, end) : kNowhere;
     int64_t leaves = least;
     int64_t target = least;
     if (recent == 0) {
@@ -127,7 +131,7 @@ struct Head {
       for (int64_t slot = 0; slot < stored; ++slot) {
         score(slot) = Kept(score(slot) * args.scoring.decay + Received(slot));
       }
-      new_score = Kept(Received(stored));
+      new_score = BugPlanted("new_token_starts_at_zero") ? 0.0f : Kept(Received(stored));
     }
     int64_t slot = args.position[row];
     if (slot >= int64_t{args.heavy[row]} + args.recent[row]) {

@@ -3,6 +3,7 @@
 #include <numeric>
 #include <utility>
 
+#include "base/planted_bug.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/kv_rows.h"
 #include "kernels/cpu/operations.h"
@@ -60,7 +61,8 @@ void ChooseHeavy(const HeadSlots& slots, int32_t* order, float* worth, int64_t f
   if (!slots.scored() || sinks == heavy) return;
   for (int64_t slot = sinks; slot < first_recent; ++slot) worth[slot] = slots.Worth(slot);
   std::nth_element(order + sinks, order + heavy, order + first_recent, [&](int32_t a, int32_t b) {
-    return worth[a] > worth[b] || (worth[a] == worth[b] && a < b);
+    const bool earlier = BugPlanted("prune_keeps_the_later_of_ties") ? a > b : a < b;
+    return worth[a] > worth[b] || (worth[a] == worth[b] && earlier);
   });
   std::sort(order + sinks, order + heavy);
 }

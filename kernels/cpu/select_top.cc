@@ -2,6 +2,7 @@
 #include <functional>
 
 #include "absl/strings/str_cat.h"
+#include "base/planted_bug.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/kv_rows.h"
 #include "kernels/cpu/operations.h"
@@ -92,6 +93,7 @@ void SelectLargest(const SelectTopArgs& args, int64_t pair, Workspace& workspace
     }
     index[taken++] = static_cast<int32_t>(t);
   }
+  if (BugPlanted("selection_unsorted")) std::reverse(index, index + taken);
 }
 
 void MarkUse(const SelectTopArgs& args, int64_t pair) {

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "base/planted_bug.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/kv_rows.h"
@@ -41,7 +42,8 @@ int32_t Margins(const SpeculateArgs& args, int64_t row, int64_t kv_head, int64_t
   std::fill_n(margin, stored, -std::numeric_limits<float>::infinity());
   for (int q = 0; q < group; ++q) {
     const float* const score = scores + q * args.margin_stride;
-    const float highest = *std::max_element(score, score + stored);
+    const float* const row_of = BugPlanted("threshold_of_another_head") ? scores : score;
+    const float highest = *std::max_element(row_of, row_of + stored);
     for (int64_t t = 0; t < stored; ++t) margin[t] = std::max(margin[t], score[t] - highest);
   }
   int32_t count = 0;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/planted_bug.h"
 
 namespace kvsweep {
 
@@ -78,7 +79,7 @@ const StepPlan& Batcher::Plan() {
   short_of_memory_ = false;
   if (options_.chunked_prefill) {
     PlanRunning();
-    if (!short_of_memory_) PlanWaiting();
+    if (!short_of_memory_ || BugPlanted("admitted_beside_preemption")) PlanWaiting();
   } else {
     PlanUnchunked();
   }
@@ -306,7 +307,7 @@ bool Batcher::EnterPrompt(RequestId request, Request& state) {
 // prompt ends. May be 0.
 int32_t Batcher::ChunkTokens(const Request& state) const {
   const int32_t missing = state.to_compute - state.computed;
-  if (missing <= budget_left_) return missing;
+  if (missing <= budget_left_ || BugPlanted("budget_overdrawn")) return missing;
   if (!options_.chunked_prefill) return plan_.empty() ? missing : 0;
   return budget_left_ / options_.chunk_alignment * options_.chunk_alignment;
 }

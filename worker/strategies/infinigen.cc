@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/planted_bug.h"
 #include "base/status_macros.h"
 #include "worker/strategies/attention_calls.h"
 
@@ -343,7 +344,7 @@ void InfinigenStrategy::AttendFetched(const StepView& step, int32_t layer,
   } else if (!layout().parameters.prefetch()) {
     SpeculateLayer(step, layer, input_[(layer + 1) % 2]);
   }
-  Wait(OfParity(kGathered0, layer), Stream::kCompute);
+  if (!BugPlanted("gather_not_awaited")) Wait(OfParity(kGathered0, layer), Stream::kCompute);
   context_.backend->DecodeAttention(
       DecodeCall(context_, step, inputs, out, FetchView(layer), plan_), Stream::kCompute);
 }
