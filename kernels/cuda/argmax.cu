@@ -12,6 +12,11 @@ struct Best {
   int32_t index;
 };
 
+// Whether b stands behind a in the order of Better.
+__device__ __forceinline__ bool StandsBehind(Best b, Best a) {
+  return b.value < a.value || (b.value == a.value && b.index > a.index);
+}
+
 // Total order, so that the result does not depend on who compares with whom.
 __device__ __forceinline__ Best Better(Best a, Best b) {
   const bool second = b.value > a.value || (b.value == a.value && b.index < a.index);
@@ -34,15 +39,23 @@ __global__ void __launch_bounds__(kThreads) ArgmaxKernel(ArgmaxArgs args) {
   if (target < 0) return;
   const float* const logits =
       static_cast<const float*>(args.logits.data) + row * args.logits.stride;
-  Best best{-INFINITY, 0};
+  const int32_t rank = args.rank == nullptr ? 0 : args.rank[row];
+  // Pass r finds the best of those behind the best of the pass before; nearly always there is one.
+  Best found{INFINITY, -1};
+  for (int32_t pass = 0; pass <= rank; ++pass) {
+    Best best{-INFINITY, INT32_MAX};
 #pragma unroll 8
-  for (int i = threadIdx.x; i < args.columns; i += kThreads) best = Better(best, {logits[i], i});
-  best = WarpBest(best);
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = best;
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  best = WarpBest(of_warp[threadIdx.x]);
-  if (threadIdx.x == 0) args.token[target] = best.index;
+    for (int i = threadIdx.x; i < args.columns; i += kThreads) {
+      const Best candidate{logits[i], i};
+      if (StandsBehind(candidate, found)) best = Better(best, candidate);
+    }
+    best = WarpBest(best);
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = best;
+    __syncthreads();
+    found = WarpBest(of_warp[threadIdx.x % kWarp]);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) args.token[target] = min(found.index, args.columns - 1);
 }
 
 }  // namespace

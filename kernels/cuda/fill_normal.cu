@@ -8,13 +8,12 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <typename T>
-__global__ void FillNormalKernel(T* __restrict__ out,  // [count]
-                                 int64_t count, uint64_t seed, float deviation) {
+__global__ void FillNormalKernel(void* __restrict__ out,  // [count], dtype
+                                 DType dtype, int64_t count, uint64_t seed, float deviation) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += step) {
     // The product must not be joined with the one inside, to give the same bits everywhere.
-    out[i] = FromFloat<T>(__fmul_rn(deviation, NormalValue(seed, static_cast<uint64_t>(i))));
+    StoreElement(out, dtype, i, __fmul_rn(deviation, NormalValue(seed, static_cast<uint64_t>(i))));
   }
 }
 
@@ -22,14 +21,10 @@ __global__ void FillNormalKernel(T* __restrict__ out,  // [count]
 
 cudaError_t Launch(const FillNormalArgs& args, const LaunchContext& context) {
   if (args.count == 0) return cudaSuccess;
-  if (args.dtype != DType::kF32 && args.dtype != DType::kBf16) return cudaErrorInvalidValue;
   const auto blocks = static_cast<unsigned>(
       std::min<int64_t>(DivideUp(args.count, kThreads), int64_t{16} * context.multiprocessors));
-  WithActivations(args.dtype, [&](auto element) {
-    using T = decltype(element);
-    FillNormalKernel<T><<<blocks, kThreads, 0, context.stream>>>(
-        static_cast<T*>(args.out), args.count, args.seed, args.deviation);
-  });
+  FillNormalKernel<<<blocks, kThreads, 0, context.stream>>>(args.out, args.dtype, args.count,
+                                                            args.seed, args.deviation);
   return cudaGetLastError();
 }
 
