@@ -55,11 +55,17 @@ absl::Status CheckBody(const Record& record) {
       return CheckFinite(record.sample().name(), {record.sample().value()});
     case Record::kQuality: {
       const QualityRow& row = record.quality();
+      for (const QualityPositions& part : row.positions()) {
+        RETURN_IF_ERROR(CheckFinite("a part of a quality window",
+                                    {part.nll_sum(), part.reference_nll_sum(), part.kl_sum()}));
+      }
       return CheckFinite(
           "a quality window",
           {row.nll_sum(), row.reference_nll_sum(), row.kl_sum(), row.dropped_nll_sum(),
            row.dropped_reference_nll_sum(), row.dropped_kl_sum(), row.attended_fraction()});
     }
+    case Record::kPasskey:
+      return CheckFinite("a pass key", {record.passkey().depth()});
     case Record::kOutcome:
       if (!Outcome_IsValid(record.outcome().outcome())) return Broken("has an unknown outcome");
       return CheckCounts({record.outcome().asked_bytes(), record.outcome().available_bytes()});
@@ -81,8 +87,12 @@ bool HasUnknownFields(const Record& record) {
   const google::protobuf::FieldDescriptor* kind =
       reflection.GetOneofFieldDescriptor(record, Record::descriptor()->oneof_decl(0));
   const google::protobuf::Message& body = reflection.GetMessage(record, kind);
-  return !reflection.GetUnknownFields(record).empty() ||
-         !body.GetReflection()->GetUnknownFields(body).empty();
+  const auto has_unknown = [](const google::protobuf::Message& message) {
+    return !message.GetReflection()->GetUnknownFields(message).empty();
+  };
+  return has_unknown(record) || has_unknown(body) ||
+         std::any_of(record.quality().positions().begin(), record.quality().positions().end(),
+                     has_unknown);
 }
 
 // Whether serialising `record` gives `bytes` again.
@@ -218,6 +228,8 @@ absl::Status AttemptAudit::AddRow(const Record& record) {
     running.counters.push_back(record.counter());
   } else if (record.has_sample()) {
     running.samples.push_back(record.sample());
+  } else if (record.has_passkey()) {
+    running.passkeys.push_back(record.passkey());
   } else {
     running.windows.push_back(record.quality());
   }
@@ -225,7 +237,8 @@ absl::Status AttemptAudit::AddRow(const Record& record) {
   // Counters by layer: every name may come once for each layer.
   if (past(running.counters.size(), limits::kCountersPerTrial * limits::kLayers) ||
       past(running.samples.size(), limits::kSamplesPerTrial) ||
-      past(running.windows.size(), limits::kSamplesPerTrial)) {
+      past(running.windows.size(), limits::kSamplesPerTrial) ||
+      past(running.passkeys.size(), limits::kSamplesPerTrial)) {
     return Broken(absl::StrCat(sequence_, " is past the bound of a trial's rows"));
   }
   return absl::OkStatus();
@@ -251,7 +264,7 @@ void AttemptAudit::Close(const TrialOutcome& outcome) {
   running.account.last_sequence = sequence_;
   const TrialSpec& spec = running.trial.spec;
   if (spec.kind() == TrialSpec::KIND_QUALITY) {
-    running.account.metrics = SummariseQuality(running.windows);
+    running.account.metrics = SummariseQuality(running.windows, running.passkeys);
   } else {
     running.account.metrics = Summarise({.requests = running.requests,
                                          .counters = running.counters,

@@ -73,6 +73,7 @@ class AttemptAudit {
     std::vector<Counter> counters;
     std::vector<Sample> samples;
     std::vector<QualityRow> windows;
+    std::vector<PasskeyRow> passkeys;
     bool started = false;
   };
 

@@ -36,6 +36,7 @@ class RecordWriter {
   absl::Status InsertStart(int64_t record_id, const Record& record);
   absl::Status InsertRequest(int64_t record_id, const Record& record);
   absl::Status InsertQuality(int64_t record_id, const Record& record);
+  absl::Status InsertPasskey(int64_t record_id, const Record& record);
   absl::Status InsertOutcome(int64_t record_id, const Record& record);
 
   Statement* start_ = nullptr;
@@ -44,6 +45,8 @@ class RecordWriter {
   Statement* counter_ = nullptr;
   Statement* sample_ = nullptr;
   Statement* quality_ = nullptr;
+  Statement* position_ = nullptr;
+  Statement* passkey_ = nullptr;
   Statement* outcome_ = nullptr;
   Statement* discard_ = nullptr;
   Statement* finish_ = nullptr;

@@ -32,6 +32,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "proto/runner.pb.h"
 #include "worker/frames.h"
+#include "worker/runner/device_backend.h"
 #include "worker/runner/input_cache.h"
 #include "worker/runner/recorder.h"
 #include "worker/runner/trial.h"
@@ -49,6 +50,31 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const BackendOptions& op
     ASSIGN_OR_RETURN(cpu.modelled, FindDeviceProfile(options.profile));
   }
   return CreateCpuBackend(cpu);
+}
+
+// Modelled time is the CPU backend's, whatever the machine has.
+BackendFactory FactoryOf(const std::string& backend, int device, const std::string& dtype) {
+  if (backend == "cpu") return MakeCpuBackend;
+  const DType type = dtype == "f32" ? DType::kF32 : DType::kBf16;
+  return [device, type](const BackendOptions& options) {
+    return options.profile.empty() ? MakeDeviceBackend(device, type, options)
+                                   : MakeCpuBackend(options);
+  };
+}
+
+// For kvsweep-worker, which chooses a runner by the exit code and shows the line.
+int PrintProbe(int device) {
+  absl::Status status = ProbeDevice(device);
+  if (status.ok()) {
+    const absl::StatusOr<std::unique_ptr<Backend>> backend =
+        MakeDeviceBackend(device, DType::kBf16, {});
+    status = backend.status();
+    if (status.ok()) {
+      std::cout << (*backend)->info().device << ", " << (*backend)->info().driver << std::endl;
+    }
+  }
+  if (!status.ok()) std::cout << status.message() << std::endl;
+  return status.ok() ? 0 : 1;
 }
 
 FromRunner MakeHello(const BackendInfo& info) {
@@ -157,12 +183,14 @@ absl::Status ServeWorker(int fd, WarmDevice* device) {
   const BackendInfo info = backend->info();
   RETURN_IF_ERROR(WriteFrame(fd, MakeHello(info)));
   InputCache inputs;
+  KnownReference reference;
   Recorder recorder([fd](const FromRunner& frame) { return WriteFrame(fd, frame); });
   Inbox inbox(fd);
   while (const std::optional<RunTrial> request = inbox.Next()) {
     inbox.Begin(request->trial_id());
     RunOne(*request, {.device = device,
                       .inputs = &inputs,
+                      .reference = &reference,
                       .recorder = &recorder,
                       .cancel = inbox.cancel(),
                       .slot_device_class = info.device_class});
@@ -179,12 +207,17 @@ absl::Status RunFile(const std::string& path, WarmDevice* device) {
         absl::StrCat(path, ": not a RunTrial in protobuf text format"));
   }
   InputCache inputs;
+  KnownReference reference;
   Recorder recorder([](const FromRunner& frame) {
     std::cout << frame.DebugString() << std::flush;
     return absl::OkStatus();
   });
   const std::atomic<bool> never = false;
-  RunOne(request, {.device = device, .inputs = &inputs, .recorder = &recorder, .cancel = &never});
+  RunOne(request, {.device = device,
+                   .inputs = &inputs,
+                   .reference = &reference,
+                   .recorder = &recorder,
+                   .cancel = &never});
   return absl::OkStatus();
 }
 
@@ -193,6 +226,9 @@ int Main(int argc, char** argv) {
   int fd = -1;
   int threads = 0;
   std::string backend = "auto";
+  std::string dtype = "bf16";
+  int device = 0;
+  bool probe = false;
   std::string trial;
   std::string log_level = "warning";
   CLI::App app("Runs trials on one slot's devices; started by kvsweep-worker.", "kvsweep-runner");
@@ -203,6 +239,10 @@ int Main(int argc, char** argv) {
                               "Run the RunTrial of this text file instead, records to stdout");
   app.add_option("--backend", backend, "Where to compute; auto takes what this program has")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  app.add_option("--device", device, "Number of the CUDA device")->check(CLI::Range(0, 63));
+  app.add_option("--dtype", dtype, "Format of weights and activations on a CUDA device")
+      ->check(CLI::IsMember({"bf16", "f32"}));
+  app.add_flag("--probe", probe, "Say whether there is a device, and end");
   app.add_option("--threads", threads, "Threads of the CPU backend; 0: one for each core")
       ->check(CLI::Range(0, 1024));
   app.add_option("--log-level", log_level, "debug, info, warning, error or off");
@@ -213,16 +253,20 @@ int Main(int argc, char** argv) {
   const absl::StatusOr<LogLevel> level = ParseLogLevel(log_level);
   SetLog("kvsweep-runner", level.value_or(LogLevel::kWarning));
   absl::Status status = level.status();
-  if (status.ok() && backend == "cuda") {
-    status = absl::InvalidArgumentError("--backend cuda: this program has the CPU backend only");
+  if (status.ok() && probe) return PrintProbe(device);
+  if (status.ok() && backend != "cpu") {
+    const absl::Status found = ProbeDevice(device);
+    if (backend == "cuda") status = Annotate(found, "--backend cuda");
+    if (!found.ok()) LogInfo("computing on the CPU: ", found.message());
+    backend = found.ok() ? "cuda" : "cpu";
   }
   if (status.ok() && fd < 0 && trial.empty()) {
     status = absl::InvalidArgumentError("give --fd or --trial; see --help");
   }
   if (status.ok()) {
     if (threads == 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-    WarmDevice device(MakeCpuBackend, threads);
-    status = fd >= 0 ? ServeWorker(fd, &device) : RunFile(trial, &device);
+    WarmDevice warm(FactoryOf(backend, device, dtype), threads);
+    status = fd >= 0 ? ServeWorker(fd, &warm) : RunFile(trial, &warm);
   }
   if (status.ok()) return 0;
   LogError(status.message());
