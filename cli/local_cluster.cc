@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <cstdlib>
-#include <filesystem>
 #include <utility>
 
 #include "absl/memory/memory.h"
@@ -33,12 +32,6 @@ size_t ColumnOf(const Table& table, absl::string_view name) {
 }
 
 }  // namespace
-
-std::string DefaultRunnerPath() {
-  std::error_code error;
-  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
-  return (self.parent_path() / "kvsweep-runner").string();
-}
 
 std::string DefaultCacheFolder() {
   if (const char* cache = std::getenv("XDG_CACHE_HOME")) return absl::StrCat(cache, "/kvsweep");

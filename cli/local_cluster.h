@@ -23,9 +23,6 @@ struct LocalWorkerOptions {
   std::string cache_folder;
 };
 
-// kvsweep-runner beside this program.
-std::string DefaultRunnerPath();
-
 // $XDG_CACHE_HOME/kvsweep, ~/.cache/kvsweep, or a folder in /tmp.
 std::string DefaultCacheFolder();
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/clock.h"
 #include "base/log.h"
@@ -27,6 +28,7 @@
 #include "experiments/matrix.h"
 #include "experiments/report.h"
 #include "storage/sqlite_store.h"
+#include "worker/runner_choice.h"
 
 namespace kvsweep {
 namespace {
@@ -109,7 +111,7 @@ absl::Status CancelLeftovers(LocalCluster& cluster, TableSource& tables, const s
 
 LocalWorkerOptions WorkerOptionsOf(const Flags& flags, const LoadedExperiment& loaded) {
   LocalWorkerOptions options{
-      .runner_path = flags.runner.empty() ? DefaultRunnerPath() : flags.runner,
+      .runner_path = flags.runner,
       .threads = flags.threads,
       .model_folders = {},
       .cache_folder = flags.cache.empty() ? DefaultCacheFolder() : flags.cache};
@@ -135,7 +137,14 @@ absl::Status RunToEnd(const Flags& flags, const LoadedExperiment& loaded, TableS
   ASSIGN_OR_RETURN(const int64_t leases_before, CountLeases(tables));
   RETURN_IF_ERROR(CancelLeftovers(cluster, tables, client_id, display));
   // The worker first: which stored rounds may answer depends on the device that it has.
-  RETURN_IF_ERROR(cluster.StartWorker(WorkerOptionsOf(flags, loaded), interrupt).status());
+  LocalWorkerOptions worker = WorkerOptionsOf(flags, loaded);
+  if (worker.runner_path.empty()) {
+    const RunnerChoice choice = ChooseRunner(ProgramFolder(), RealClock::Get());
+    worker.runner_path = choice.path;
+    LogInfo("runner: ", choice.reason);
+    if (absl::EndsWith(choice.path, "-cuda")) display->Say(choice.reason);
+  }
+  RETURN_IF_ERROR(cluster.StartWorker(worker, interrupt).status());
   ASSIGN_OR_RETURN(const SubmitReply reply, SubmitWithFiles(cluster.client(), loaded, request));
   *experiment = ExperimentId(reply.experiment_id());
   interrupt.OnSignal([&cluster] { cluster.client().Interrupt(); });
@@ -226,8 +235,9 @@ void AddRunCommand(CLI::App& app, int* exit_code) {
   command->add_option("--metrics", flags->metrics, "Metrics of the comparison, separated by commas")
       ->delimiter(',')
       ->allow_extra_args(false);
-  command->add_option("--runner", flags->runner,
-                      "The runner program; by default kvsweep-runner beside this program");
+  command->add_option(
+      "--runner", flags->runner,
+      "The runner program; by default the one beside this program that fits the machine");
   command->add_option("--threads", flags->threads, "CPU threads of the runner; 0: one a core")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
-#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -18,6 +17,7 @@
 #include "base/log.h"
 #include "base/version.h"
 #include "worker/daemon.h"
+#include "worker/runner_choice.h"
 
 namespace kvsweep {
 namespace {
@@ -60,13 +60,6 @@ std::string DefaultCache() {
   return "/tmp/kvsweep-cache";
 }
 
-// The runner beside this program.
-std::string DefaultRunner() {
-  std::error_code error;
-  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
-  return (self.parent_path() / "kvsweep-runner").string();
-}
-
 void DefineFlags(CLI::App& app, Flags& flags) {
   app.footer(kExample);
   app.set_version_flag("--version", absl::StrCat("kvsweep-worker ", GetBuildInfo().version, " (",
@@ -92,7 +85,8 @@ void DefineFlags(CLI::App& app, Flags& flags) {
   app.add_option("--cache", flags.cache,
                  "Folder for fetched files and digests; by default ~/.cache/kvsweep");
   app.add_option("--runner", flags.runner,
-                 "The runner program; by default kvsweep-runner beside this program");
+                 "The runner program; by default the one beside this program that fits the "
+                 "machine: kvsweep-runner-cuda where there is a device, else kvsweep-runner");
   app.add_option("--log-level", flags.log_level, "debug, info, warning, error or off")
       ->capture_default_str();
 }
@@ -110,7 +104,12 @@ absl::StatusOr<WorkerOptions> OptionsFrom(const Flags& flags) {
     }
     options.labels[parts[0]] = parts[1];
   }
-  RunnerCommand command{.path = flags.runner.empty() ? DefaultRunner() : flags.runner};
+  RunnerCommand command{.path = flags.runner};
+  if (command.path.empty()) {
+    const RunnerChoice choice = ChooseRunner(ProgramFolder(), RealClock::Get());
+    LogInfo("runner: ", choice.reason);
+    command.path = choice.path;
+  }
   if (access(command.path.c_str(), X_OK) != 0) {
     return absl::NotFoundError(
         absl::StrCat(command.path, " is not a program; name the runner with --runner"));

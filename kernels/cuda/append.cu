@@ -15,12 +15,7 @@ __global__ void AppendKernel(AppendArgs args, unsigned long long* link_bytes) {
   const int64_t token = blockIdx.x;
   const int64_t table_row = args.table_row[token];
   if (table_row < 0) return;
-  const int32_t slot = args.slot[token];
-  const int32_t block = slot / target.block_size;
-  // A slot that the table does not have is never written.
   const bool has_table = target.block_table != nullptr;
-  if (slot < 0 || block >= (has_table ? target.block_table_stride : 1)) return;
-  if (has_table && target.block_table[table_row * target.block_table_stride + block] < 0) return;
 
   const int per_head = args.head_dim / kWidth;
   const int parts = target.value == nullptr ? 1 : 2;
@@ -30,6 +25,14 @@ __global__ void AppendKernel(AppendArgs args, unsigned long long* link_bytes) {
     const int within = is_value ? i - count : i;
     const int head = within / per_head;
     const int column = (within - head * per_head) * kWidth;
+    const int32_t slot =
+        args.slot_by_head ? args.slot[token * args.kv_heads + head] : args.slot[token];
+    // A slot that the table does not have is never written.
+    const int32_t block = slot / target.block_size;
+    if (slot < 0 || block >= (has_table ? target.block_table_stride : 1)) continue;
+    if (has_table && target.block_table[table_row * target.block_table_stride + block] < 0) {
+      continue;
+    }
     const Activations& source = is_value ? args.value : args.key;
     const T* const in = static_cast<const T*>(source.data) + token * source.stride +
                         int64_t{head} * args.head_dim + column;

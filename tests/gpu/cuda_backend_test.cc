@@ -136,12 +136,23 @@ TEST(CudaBackendTest, Products) {
         const auto in_columns = static_cast<int32_t>(8 * (1 + random.Uniform(80)));
         CheckProduct(backend.get(), random, {rows, out_columns, in_columns});
         CheckProduct(backend.get(), random,
-                     {rows, out_columns, in_columns, .bias = true, .relu = true});
+                     {.rows = rows,
+                      .out_columns = out_columns,
+                      .in_columns = in_columns,
+                      .bias = true,
+                      .relu = true});
         CheckProduct(backend.get(), random,
-                     {rows, out_columns, in_columns, .bias = true, .accumulate = true});
-        CheckProduct(backend.get(), random, {rows, out_columns, in_columns, .f32_out = true});
+                     {.rows = rows,
+                      .out_columns = out_columns,
+                      .in_columns = in_columns,
+                      .bias = true,
+                      .accumulate = true});
+        CheckProduct(
+            backend.get(), random,
+            {.rows = rows, .out_columns = out_columns, .in_columns = in_columns, .f32_out = true});
         // Columns that allow no wide access.
-        CheckProduct(backend.get(), random, {rows, 172, 43, .accumulate = true});
+        CheckProduct(backend.get(), random,
+                     {.rows = rows, .out_columns = 172, .in_columns = 43, .accumulate = true});
       }
       CheckProduct(backend.get(), random, {5, 3000, 1024});
       CheckProduct(backend.get(), random, {64, 1000, 4096});
