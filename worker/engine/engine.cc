@@ -7,6 +7,7 @@
 #include "base/status_macros.h"
 #include "worker/engine/calibration.h"
 #include "worker/strategies/catalogue.h"
+#include "worker/strategies/memory_model.h"
 
 namespace kvsweep {
 
@@ -16,24 +17,14 @@ namespace kvsweep {
 LoadedModel::LoadedModel(Backend* backend, const ModelConfig& config)
     : backend_(backend), config_(config), skewing_cache_(std::make_unique<SkewingCache>()) {}
 
-LoadedModel::~LoadedModel() {
-  if (memory_ != nullptr) backend_->Free(memory_);
-}
-
-FloatAllocator LoadedModel::Allocator() {
-  return [this](size_t count) -> float* {
-    absl::StatusOr<std::byte*> memory = backend_->Allocate(Tier::kDevice, count * sizeof(float));
-    if (!memory.ok()) return nullptr;
-    memory_ = *memory;
-    return reinterpret_cast<float*>(memory_);
-  };
-}
+LoadedModel::~LoadedModel() = default;
 
 absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Load(Backend* backend,
                                                                const std::string& folder) {
   ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(folder));
   std::unique_ptr<LoadedModel> model(new LoadedModel(backend, config));
-  ASSIGN_OR_RETURN(model->weights_, LoadWeights(folder, config, model->Allocator()));
+  ASSIGN_OR_RETURN(model->weights_, LoadWeights(folder, config, backend));
+  RETURN_IF_ERROR(model->MakeTables());
   return model;
 }
 
@@ -41,8 +32,19 @@ absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Random(Backend* backen
                                                                  const ModelConfig& config,
                                                                  uint64_t seed) {
   std::unique_ptr<LoadedModel> model(new LoadedModel(backend, config));
-  ASSIGN_OR_RETURN(model->weights_, RandomWeights(config, seed, model->Allocator()));
+  ASSIGN_OR_RETURN(model->weights_, RandomWeights(config, seed, backend));
+  RETURN_IF_ERROR(model->MakeTables());
   return model;
+}
+
+absl::Status LoadedModel::MakeTables() {
+  if (config_.positions != PositionKind::kRotary) return absl::OkStatus();
+  const std::vector<float> frequencies = InverseFrequencies(config_);
+  const uint64_t bytes = frequencies.size() * sizeof(float);
+  ASSIGN_OR_RETURN(std::byte * memory, backend_->Allocate(Tier::kDevice, bytes));
+  inverse_frequency_ = BackendMemory(memory, BackendFree{backend_});
+  backend_->Copy(memory, frequencies.data(), bytes, Stream::kCompute);
+  return backend_->WaitAll();
 }
 
 ModelShape LoadedModel::shape() const {
@@ -53,17 +55,13 @@ ModelShape LoadedModel::shape() const {
           .head_dim = config_.head_dim,
           .max_positions = config_.max_positions,
           .rotary = config_.positions == PositionKind::kRotary,
-          .rope_theta = static_cast<float>(config_.rope_theta)};
+          .inverse_frequency = reinterpret_cast<const float*>(inverse_frequency_.get())};
 }
 
 // -----------------------------------------------------------------------------------------------
 // building
 
 namespace {
-
-const float* Data(std::span<const float> values) {
-  return values.empty() ? nullptr : values.data();
-}
 
 absl::Status CheckBudget(absl::string_view field, uint64_t budget, uint64_t taken) {
   if (taken <= budget) return absl::OkStatus();
@@ -76,7 +74,7 @@ std::vector<QueryWeights> QueryWeightsOf(const ModelWeights& weights) {
   std::vector<QueryWeights> all;
   for (const LayerWeights& layer : weights.layers) {
     // Queries are the first rows of the fused projection.
-    all.push_back({layer.qkv.weight.data(), Data(layer.qkv.bias)});
+    all.push_back({layer.qkv.weight.data, layer.qkv.bias});
   }
   return all;
 }
@@ -99,11 +97,15 @@ absl::StatusOr<std::unique_ptr<InferenceEngine>> InferenceEngine::Create(
 absl::StatusOr<std::unique_ptr<InferenceEngine>> InferenceEngine::CreateWith(
     Backend* backend, const LoadedModel* model, const EngineOptions& options,
     const StrategyFactory& factory) {
-  if (options.max_context > model->config().max_positions) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("requests of up to ", options.max_context, " tokens exceed the model's ",
-                     model->config().max_positions,
-                     " positions; lower load.lengths.max_total or quality.context"));
+  const ModelConfig& config = model->config();
+  if (options.max_context > config.max_positions) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "requests of up to ", options.max_context, " tokens exceed the model's ",
+        config.max_positions, " positions",
+        config.sliding_window.has_value() ? " (its sliding window: past it attention is no longer "
+                                            "the full one that the strategies manage)"
+                                          : "",
+        "; lower load.lengths.max_total or quality.context"));
   }
   std::unique_ptr<InferenceEngine> engine(new InferenceEngine(backend, model, options));
   RETURN_IF_ERROR(engine->Build(factory));
@@ -116,7 +118,8 @@ InferenceEngine::InferenceEngine(Backend* backend, const LoadedModel* model,
       model_(model),
       options_(options),
       max_decode_rows_(PaddedRows(options.max_sequences)),
-      max_rows_(std::max(options.max_batched_tokens, max_decode_rows_)),
+      max_rows_(std::max({options.max_batched_tokens, max_decode_rows_,
+                          options.chunked_prefill ? 0 : options.max_context})),
       max_logit_rows_(options.logits == LogitsMode::kAll
                           ? max_rows_
                           : max_decode_rows_ + options.max_sequences) {}
@@ -130,13 +133,17 @@ absl::Status InferenceEngine::Build(const StrategyFactory& factory) {
   step_state_ = std::make_unique<StepState>(backend_);
   arrays_.token_id = step_state_->Add(max_rows_);
   arrays_.position = step_state_->Add(max_rows_);
+  if (config().projects_embeddings()) arrays_.position_row = step_state_->Add(max_rows_);
   arrays_.row_active = step_state_->Add(max_decode_rows_);
   arrays_.logit_row = step_state_->Add(max_logit_rows_);
   arrays_.sample_target = step_state_->Add(max_logit_rows_);
+  arrays_.sample_rank = step_state_->Add(max_logit_rows_);
+  step_done_ = backend_->CreateEvent();
   StrategyContext context;
   static_cast<StrategySizes&>(context) = {.shape = model_->shape(),
                                           .kv_dtype = options_.kv_dtype,
                                           .activation_dtype = backend_->info().activation_dtype,
+                                          .weight_dtype = backend_->info().weight_dtype,
                                           .device_bytes = options_.device_bytes,
                                           .host_bytes = options_.host_bytes,
                                           .max_sequences = options_.max_sequences,
@@ -150,6 +157,7 @@ absl::Status InferenceEngine::Build(const StrategyFactory& factory) {
   const uint64_t device = backend_->allocated_bytes(Tier::kDevice);
   const uint64_t host = backend_->allocated_bytes(Tier::kHost);
   ASSIGN_OR_RETURN(strategy_, factory(context));
+  manager().ReadTokensFrom([this](RequestId request) { return Tokens(request); });
   // Whatever the strategy computed, what it took is what counts.
   RETURN_IF_ERROR(CheckBudget(
       "kv.device_bytes", options_.device_bytes,
@@ -162,8 +170,9 @@ absl::Status InferenceEngine::Build(const StrategyFactory& factory) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<Activations> InferenceEngine::AllocateRows(int64_t rows, int64_t columns) {
-  const int64_t bytes = rows * columns * DTypeBytes(backend_->info().activation_dtype);
+absl::StatusOr<Activations> InferenceEngine::AllocateRows(int64_t rows, int64_t columns,
+                                                          DType dtype) {
+  const int64_t bytes = rows * columns * DTypeBytes(dtype);
   ASSIGN_OR_RETURN(
       std::byte * memory,
       Annotate(backend_->Allocate(Tier::kDevice, static_cast<uint64_t>(bytes)), "activations"));
@@ -173,23 +182,29 @@ absl::StatusOr<Activations> InferenceEngine::AllocateRows(int64_t rows, int64_t 
 
 absl::Status InferenceEngine::AllocateBuffers() {
   const ModelConfig& config = model_->config();
+  const DType dtype = backend_->info().activation_dtype;
   const int64_t ffn_in = int64_t{config.ffn_size} * (config.gated_ffn ? 2 : 1);
-  ASSIGN_OR_RETURN(buffers_.hidden, AllocateRows(max_rows_, config.hidden_size));
+  if (config.projects_embeddings()) {
+    ASSIGN_OR_RETURN(buffers_.embedded, AllocateRows(max_rows_, config.embedding_size, dtype));
+    ASSIGN_OR_RETURN(buffers_.projected,
+                     AllocateRows(max_logit_rows_, config.embedding_size, dtype));
+  }
+  ASSIGN_OR_RETURN(buffers_.hidden, AllocateRows(max_rows_, config.hidden_size, dtype));
   for (int parity = 0; parity < 2; ++parity) {
-    ASSIGN_OR_RETURN(buffers_.normed[parity], AllocateRows(max_rows_, config.hidden_size));
-    ASSIGN_OR_RETURN(buffers_.qkv[parity], AllocateRows(max_rows_, config.qkv_rows()));
+    ASSIGN_OR_RETURN(buffers_.normed[parity], AllocateRows(max_rows_, config.hidden_size, dtype));
+    ASSIGN_OR_RETURN(buffers_.qkv[parity], AllocateRows(max_rows_, config.qkv_rows(), dtype));
   }
   ASSIGN_OR_RETURN(buffers_.attended,
-                   AllocateRows(max_rows_, int64_t{config.query_heads} * config.head_dim));
-  ASSIGN_OR_RETURN(buffers_.ffn_normed, AllocateRows(max_rows_, config.hidden_size));
-  ASSIGN_OR_RETURN(buffers_.ffn_in, AllocateRows(max_rows_, ffn_in));
+                   AllocateRows(max_rows_, int64_t{config.query_heads} * config.head_dim, dtype));
+  ASSIGN_OR_RETURN(buffers_.ffn_normed, AllocateRows(max_rows_, config.hidden_size, dtype));
+  ASSIGN_OR_RETURN(buffers_.ffn_in, AllocateRows(max_rows_, ffn_in, dtype));
   buffers_.ffn_gated = buffers_.ffn_in;
   if (config.gated_ffn) {
-    ASSIGN_OR_RETURN(buffers_.ffn_gated, AllocateRows(max_rows_, config.ffn_size));
+    ASSIGN_OR_RETURN(buffers_.ffn_gated, AllocateRows(max_rows_, config.ffn_size, dtype));
   }
-  ASSIGN_OR_RETURN(buffers_.last, AllocateRows(max_logit_rows_, config.hidden_size));
-  ASSIGN_OR_RETURN(buffers_.last_normed, AllocateRows(max_logit_rows_, config.hidden_size));
-  ASSIGN_OR_RETURN(buffers_.logits, AllocateRows(max_logit_rows_, config.vocabulary));
+  ASSIGN_OR_RETURN(buffers_.last, AllocateRows(max_logit_rows_, config.hidden_size, dtype));
+  ASSIGN_OR_RETURN(buffers_.last_normed, AllocateRows(max_logit_rows_, config.hidden_size, dtype));
+  ASSIGN_OR_RETURN(buffers_.logits, AllocateRows(max_logit_rows_, config.vocabulary, DType::kF32));
 
   auto allocate = [&](Tier tier, int64_t count, auto** pointer) -> absl::Status {
     ASSIGN_OR_RETURN(std::byte * memory,
@@ -207,29 +222,33 @@ absl::Status InferenceEngine::AllocateBuffers() {
   return absl::OkStatus();
 }
 
-int32_t InferenceEngine::PaddedRows(int32_t rows) {
-  for (int32_t size : {1, 2, 4}) {
-    if (rows <= size) return size;
-  }
-  return (rows + 7) / 8 * 8;
-}
+int32_t InferenceEngine::PaddedRows(int32_t rows) { return PaddedDecodeRows(rows); }
 
 // ----------------------------------------------------------------------------------------------
 // sequences
 
 void InferenceEngine::AddSequence(RequestId request, std::span<const int32_t> tokens,
-                                  int32_t prompt_tokens) {
+                                  int32_t prompt_tokens, int32_t rank) {
   KVSWEEP_CHECK_LE(prompt_tokens, static_cast<int32_t>(tokens.size()));
   const bool added =
       sequences_
           .emplace(request, Sequence{.tokens = std::vector<int32_t>(tokens.begin(), tokens.end()),
-                                     .prompt_tokens = prompt_tokens})
+                                     .prompt_tokens = prompt_tokens,
+                                     .rank = rank})
           .second;
   KVSWEEP_CHECK(added) << "request " << request;
 }
 
 std::span<const int32_t> InferenceEngine::Tokens(RequestId request) const {
   return sequences_.at(request).tokens;
+}
+
+BatcherOptions InferenceEngine::batcher_options() const {
+  return {.max_sequences = options_.max_sequences,
+          .max_batched_tokens = options_.max_batched_tokens,
+          .chunk_alignment = chunk_alignment(),
+          .chunked_prefill = options_.chunked_prefill,
+          .budget = {options_.device_bytes, options_.host_bytes}};
 }
 
 void InferenceEngine::RemoveSequence(RequestId request) { sequences_.erase(request); }
@@ -241,7 +260,8 @@ StepView InferenceEngine::MakeView(const StepPlan& plan) const {
   StepView view;
   view.decode = plan.decode;
   view.prefill = plan.prefill;
-  view.captured = options_.graphs && plan.prefill.empty();
+  view.samples = plan.samples;
+  view.captured = options_.graphs && plan.prefill.empty() && strategy_->capturable();
   const auto decode = static_cast<int32_t>(plan.decode.size());
   view.decode_rows = view.captured ? PaddedRows(decode) : decode;
   view.rows = view.decode_rows;
@@ -254,7 +274,7 @@ StepView InferenceEngine::MakeView(const StepPlan& plan) const {
 
 int32_t InferenceEngine::LogitRows(const StepView& view) const {
   if (options_.logits == LogitsMode::kAll) return view.rows;
-  return view.decode_rows + static_cast<int32_t>(view.prefill.size());
+  return view.decode_rows + static_cast<int32_t>(view.prefill.size() + view.samples.size());
 }
 
 void InferenceEngine::FillStepState(const StepView& view) {
@@ -277,6 +297,10 @@ void InferenceEngine::FillStepState(const StepView& view) {
     row_active[static_cast<size_t>(segment.first_row)] = 1;
   }
   for (const Segment& segment : view.prefill) fill(segment);
+  if (config().projects_embeddings()) {
+    std::ranges::transform(position, step_state_->Host(arrays_.position_row).begin(),
+                           [&](int32_t at) { return at + config().position_offset; });
+  }
   FillLogitRows(view);
 }
 
@@ -286,6 +310,7 @@ void InferenceEngine::FillLogitRows(const StepView& view) {
   const auto rows = static_cast<size_t>(LogitRows(view));
   std::ranges::fill(logit_row.first(rows), -1);
   std::ranges::fill(target.first(rows), -1);
+  std::ranges::fill(step_state_->Host(arrays_.sample_rank).first(rows), 0);
   const bool all = options_.logits == LogitsMode::kAll;
   for (const Segment& segment : view.decode) {
     logit_row[static_cast<size_t>(segment.first_row)] = segment.first_row;
@@ -303,6 +328,24 @@ void InferenceEngine::FillLogitRows(const StepView& view) {
         all ? static_cast<size_t>(last) : static_cast<size_t>(view.decode_rows) + i;
     logit_row[index] = last;
     target[index] = segment.last_chunk ? segment.slot : -1;
+    const Sequence& sequence = sequences_.at(segment.request);
+    if (segment.start_position + segment.rows == sequence.prompt_tokens) {
+      step_state_->Host(arrays_.sample_rank)[index] = sequence.rank;
+    }
+  }
+  FillSamples(view);
+}
+
+// Further samples of a prompt read its last row once more.
+void InferenceEngine::FillSamples(const StepView& view) {
+  KVSWEEP_CHECK(view.samples.empty() || options_.logits != LogitsMode::kAll);
+  for (size_t i = 0; i < view.samples.size(); ++i) {
+    const SampleStart& sample = view.samples[i];
+    const Segment& prompt = view.prefill[static_cast<size_t>(sample.prefill)];
+    const size_t index = static_cast<size_t>(view.decode_rows) + view.prefill.size() + i;
+    step_state_->Host(arrays_.logit_row)[index] = prompt.first_row + prompt.rows - 1;
+    step_state_->Host(arrays_.sample_target)[index] = sample.slot;
+    step_state_->Host(arrays_.sample_rank)[index] = sequences_.at(sample.request).rank;
   }
 }
 
@@ -320,7 +363,10 @@ absl::StatusOr<StepResult> InferenceEngine::Execute(const StepPlan& plan) {
   } else {
     EnqueueForward(view_);
   }
-  RETURN_IF_ERROR(backend_->WaitAll());
+  // Only the step's own work: copies that later steps need go on.
+  backend_->RecordEvent(step_done_, Stream::kCompute);
+  RETURN_IF_ERROR(backend_->Wait(step_done_));
+  strategy_->StepDone();
 
   ReadSampled(plan);
   StepResult result{.sampled = sampled_, .captured = view_.captured};
@@ -360,6 +406,10 @@ void InferenceEngine::ReadSampled(const StepPlan& plan) {
   };
   for (const Segment& segment : plan.decode) read(segment, true);
   for (const Segment& segment : plan.prefill) read(segment, segment.last_chunk);
+  for (const SampleStart& sample : plan.samples) {
+    std::vector<int32_t>& tokens = sequences_.at(sample.request).tokens;
+    tokens.push_back(buffers_.sampled_host[sample.slot]);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -371,8 +421,8 @@ NormArgs NormOf(const NormWeights& weights, const ModelConfig& config, const Act
                 const Activations& in, int32_t rows) {
   return {.out = out,
           .in = in,
-          .weight = weights.weight.data(),
-          .bias = Data(weights.bias),
+          .weight = weights.weight,
+          .bias = weights.bias,
           .epsilon = static_cast<float>(config.norm_epsilon),
           .rows = rows,
           .columns = config.hidden_size};
@@ -387,31 +437,49 @@ uint64_t LogitBytes(int32_t rows, const ModelConfig& config) {
 }
 
 GemmArgs ProductOf(const LinearWeights& weights, const Activations& out, const Activations& in,
-                   int32_t rows, int32_t in_columns) {
+                   int32_t rows) {
   return {.out = out,
           .in = in,
-          .weight = weights.weight.data(),
-          .bias = Data(weights.bias),
+          .weight = weights.weight.data,
+          .bias = weights.bias,
           .rows = rows,
-          .out_columns = static_cast<int32_t>(weights.weight.size() / in_columns),
-          .in_columns = in_columns};
+          .out_columns = static_cast<int32_t>(weights.weight.rows),
+          .in_columns = static_cast<int32_t>(weights.weight.columns)};
 }
 
 }  // namespace
 
-void InferenceEngine::EnqueueForward(const StepView& view) {
+// Positions are added as wide as the layers are. So where embeddings are narrower they come first,
+// and the projection is added to them.
+void InferenceEngine::EnqueueEmbedding(const StepView& view) {
   const ModelConfig& config = model_->config();
   const ModelWeights& weights = model_->weights();
-  backend_->Embed({.out = buffers_.hidden,
+  const bool projects = config.projects_embeddings();
+  backend_->Embed({.out = projects ? buffers_.embedded : buffers_.hidden,
                    .token_id = step_state_->Device(arrays_.token_id),
                    .sampled = buffers_.sampled,
                    .position = view.position,
-                   .table = weights.token_embedding.data(),
-                   .position_table = Data(weights.position_embedding),
+                   .table = weights.token_embedding.data,
+                   .position_table = projects ? nullptr : weights.position_embedding.data,
                    .position_offset = config.position_offset,
+                   .rows = view.rows,
+                   .columns = config.embedding_size},
+                  Stream::kCompute);
+  if (!projects) return;
+  backend_->Embed({.out = buffers_.hidden,
+                   .token_id = step_state_->Device(arrays_.position_row),
+                   .table = weights.position_embedding.data,
                    .rows = view.rows,
                    .columns = config.hidden_size},
                   Stream::kCompute);
+  GemmArgs project = ProductOf(weights.project_in, buffers_.hidden, buffers_.embedded, view.rows);
+  project.accumulate = true;
+  backend_->Gemm(project, Stream::kCompute);
+}
+
+void InferenceEngine::EnqueueForward(const StepView& view) {
+  const ModelConfig& config = model_->config();
+  EnqueueEmbedding(view);
   for (int32_t layer = 0; layer < config.layers; ++layer) EnqueueLayer(view, layer);
   strategy_->EndStep(view);
   EnqueueLogits(view);
@@ -430,23 +498,45 @@ void InferenceEngine::EnqueueLayer(const StepView& view, int32_t layer) {
     return Activations{static_cast<std::byte*>(qkv.data) + bytes, qkv.stride};
   };
 
-  backend_->Norm(NormOf(weights.attention_norm, config, normed, buffers_.hidden, rows),
-                 Stream::kCompute);
+  if (config.norm_before) {
+    backend_->Norm(NormOf(weights.attention_norm, config, normed, buffers_.hidden, rows),
+                   Stream::kCompute);
+  } else {
+    // The layer reads the residual stream itself, which it is about to change while look-ahead
+    // may still read it.
+    const int64_t bytes =
+        int64_t{rows} * config.hidden_size * DTypeBytes(backend_->info().activation_dtype);
+    backend_->Copy(normed.data, buffers_.hidden.data, static_cast<uint64_t>(bytes),
+                   Stream::kCompute);
+  }
   strategy_->BeforeLayer(view, layer, normed);
-  backend_->Gemm(ProductOf(weights.qkv, qkv, normed, rows, config.hidden_size), Stream::kCompute);
+  backend_->Gemm(ProductOf(weights.qkv, qkv, normed, rows), Stream::kCompute);
   strategy_->Attend(
       view, layer,
       {.query = qkv, .key = column(query_columns), .value = column(query_columns + kv_columns)},
       buffers_.attended);
-  GemmArgs output =
-      ProductOf(weights.attention_output, buffers_.hidden, buffers_.attended, rows, query_columns);
+  GemmArgs output = ProductOf(weights.attention_output, buffers_.hidden, buffers_.attended, rows);
   output.accumulate = true;
   backend_->Gemm(output, Stream::kCompute);
 
-  backend_->Norm(NormOf(weights.ffn_norm, config, buffers_.ffn_normed, buffers_.hidden, rows),
-                 Stream::kCompute);
-  GemmArgs ffn_in =
-      ProductOf(weights.ffn_in, buffers_.ffn_in, buffers_.ffn_normed, rows, config.hidden_size);
+  const Activations& hidden = buffers_.hidden;
+  const Activations& ffn_normed = buffers_.ffn_normed;
+  if (config.norm_before) {
+    backend_->Norm(NormOf(weights.ffn_norm, config, ffn_normed, hidden, rows), Stream::kCompute);
+    EnqueueFfn(weights, ffn_normed, hidden, rows);
+  } else {
+    backend_->Norm(NormOf(weights.attention_norm, config, ffn_normed, hidden, rows),
+                   Stream::kCompute);
+    EnqueueFfn(weights, ffn_normed, ffn_normed, rows);
+    backend_->Norm(NormOf(weights.ffn_norm, config, hidden, ffn_normed, rows), Stream::kCompute);
+  }
+}
+
+// residual += FFN(in).
+void InferenceEngine::EnqueueFfn(const LayerWeights& weights, const Activations& in,
+                                 const Activations& residual, int32_t rows) {
+  const ModelConfig& config = model_->config();
+  GemmArgs ffn_in = ProductOf(weights.ffn_in, buffers_.ffn_in, in, rows);
   ffn_in.relu = config.activation == Activation::kRelu;
   backend_->Gemm(ffn_in, Stream::kCompute);
   if (config.gated_ffn) {
@@ -456,8 +546,7 @@ void InferenceEngine::EnqueueLayer(const StepView& view, int32_t layer) {
                         .columns = config.ffn_size},
                        Stream::kCompute);
   }
-  GemmArgs ffn_out =
-      ProductOf(weights.ffn_out, buffers_.hidden, buffers_.ffn_gated, rows, config.ffn_size);
+  GemmArgs ffn_out = ProductOf(weights.ffn_out, residual, buffers_.ffn_gated, rows);
   ffn_out.accumulate = true;
   backend_->Gemm(ffn_out, Stream::kCompute);
 }
@@ -472,18 +561,30 @@ void InferenceEngine::EnqueueLogits(const StepView& view) {
                       .rows = rows,
                       .columns = config.hidden_size},
                      Stream::kCompute);
-  backend_->Norm(NormOf(weights.final_norm, config, buffers_.last_normed, buffers_.last, rows),
-                 Stream::kCompute);
+  Activations last = buffers_.last;
+  if (config.final_norm) {
+    backend_->Norm(NormOf(weights.final_norm, config, buffers_.last_normed, last, rows),
+                   Stream::kCompute);
+    last = buffers_.last_normed;
+  }
+  if (config.projects_embeddings()) {
+    backend_->Gemm(ProductOf(weights.project_out, buffers_.projected, last, rows),
+                   Stream::kCompute);
+    last = buffers_.projected;
+  }
   backend_->Gemm({.out = buffers_.logits,
-                  .in = buffers_.last_normed,
-                  .weight = weights.output.data(),
+                  .in = last,
+                  .weight = weights.output.data,
+                  .f32_out = true,
                   .rows = rows,
                   .out_columns = config.vocabulary,
-                  .in_columns = config.hidden_size},
+                  .in_columns = config.embedding_size},
                  Stream::kCompute);
   backend_->Argmax({.token = buffers_.sampled,
                     .logits = buffers_.logits,
                     .target = step_state_->Device(arrays_.sample_target),
+                    .rank = view.prefill.empty() ? nullptr
+                                                 : step_state_->Device(arrays_.sample_rank),
                     .rows = rows,
                     .columns = config.vocabulary},
                    Stream::kCompute);

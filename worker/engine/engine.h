@@ -18,6 +18,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "base/digest.h"
 #include "kernels/backend.h"
 #include "kernels/step_state.h"
 #include "proto/experiment.pb.h"
@@ -47,19 +48,20 @@ class LoadedModel {
   const ModelWeights& weights() const { return weights_; }
   ModelShape shape() const;
 
-  // Skewing computed for this model so far, by calibration ids; grows only while trials are
-  // prepared.
-  using SkewingCache = std::map<std::vector<int32_t>, std::shared_ptr<const Skewing>>;
+  // Skewing computed for this model so far, by the digest of the calibration ids; arms choose their
+  // columns from it. Grows only while trials are prepared.
+  using SkewingCache = std::map<Digest, std::shared_ptr<const Skewing>>;
   SkewingCache& skewing_cache() const { return *skewing_cache_; }
 
  private:
   LoadedModel(Backend* backend, const ModelConfig& config);
-  FloatAllocator Allocator();
+  // Puts what is computed from the config alone onto the device.
+  absl::Status MakeTables();
 
   Backend* backend_;
   ModelConfig config_;
   ModelWeights weights_;
-  std::byte* memory_ = nullptr;
+  BackendMemory inverse_frequency_;  // [d/2] floats; empty where positions are not rotary
   std::unique_ptr<SkewingCache> skewing_cache_;
 };
 
@@ -73,6 +75,7 @@ struct EngineOptions {
   int32_t max_sequences = 64;
   int32_t max_batched_tokens = 512;
   int32_t max_context = 2048;  // tokens of the longest request
+  bool chunked_prefill = true;  // false: a step must hold the longest prompt
   bool graphs = true;
   LogitsMode logits = LogitsMode::kNone;
   DType kv_dtype = DType::kF32;
@@ -118,11 +121,15 @@ class InferenceEngine {
   const ModelConfig& config() const { return model_->config(); }
   const EngineOptions& options() const { return options_; }
   int32_t chunk_alignment() const { return strategy_->chunk_alignment(); }
+  // What a batcher of this engine's steps needs to know.
+  BatcherOptions batcher_options() const;
 
   // Gives a request its tokens: the prompt, and, for teacher forcing, the tokens to feed after it
-  // whatever is sampled. The engine appends sampled tokens behind the known ones. REQUIRES: id not
-  // in use.
-  void AddSequence(RequestId request, std::span<const int32_t> tokens, int32_t prompt_tokens);
+  // whatever is sampled. The engine appends sampled tokens behind the known ones. The first token
+  // after the prompt is the (rank + 1)-th most probable one, so that samples of one prompt differ;
+  // all others are the most probable. REQUIRES: id not in use.
+  void AddSequence(RequestId request, std::span<const int32_t> tokens, int32_t prompt_tokens,
+                   int32_t rank = 0);
   // Tokens of a request: prompt and output so far (or forced).
   std::span<const int32_t> Tokens(RequestId request) const;
   void RemoveSequence(RequestId request);
@@ -143,6 +150,7 @@ class InferenceEngine {
  private:
   // Activations and what is read back; all rows as wide as the largest step.
   struct Buffers {
+    Activations embedded;             // [rows, E]; only where embeddings are projected
     Activations hidden;               // [rows, D], the residual stream
     Activations normed[2];            // [rows, D], inputs of attention, by parity of the layer
     Activations qkv[2];               // [rows, (Hq + 2 Hk) d], by parity of the layer
@@ -152,6 +160,7 @@ class InferenceEngine {
     Activations ffn_gated;            // [rows, F]; the same as ffn_in where there is no gate
     Activations last;                 // [logit rows, D]
     Activations last_normed;          // [logit rows, D]
+    Activations projected;            // [logit rows, E]; only where embeddings are projected
     Activations logits;               // [logit rows, V], f32
     int32_t* sampled = nullptr;       // [sequence slots]
     int32_t* sampled_host = nullptr;  // [sequence slots], pinned
@@ -161,25 +170,32 @@ class InferenceEngine {
   struct Arrays {
     StepState::Field token_id;       // [rows]
     StepState::Field position;       // [rows]
+    StepState::Field position_row;   // [rows], in the position table; only with projections
     StepState::Field row_active;     // [decode rows]
     StepState::Field logit_row;      // [logit rows], row of the step; -1: none
     StepState::Field sample_target;  // [logit rows], sequence slot; -1: none
+    StepState::Field sample_rank;    // [logit rows], 0 but for first tokens of samples
   };
   struct Sequence {
     std::vector<int32_t> tokens;
     int32_t prompt_tokens = 0;
+    int32_t rank = 0;
   };
 
   InferenceEngine(Backend* backend, const LoadedModel* model, const EngineOptions& options);
   absl::Status Build(const StrategyFactory& factory);
   absl::Status AllocateBuffers();
-  absl::StatusOr<Activations> AllocateRows(int64_t rows, int64_t columns);
+  absl::StatusOr<Activations> AllocateRows(int64_t rows, int64_t columns, DType dtype);
   StepView MakeView(const StepPlan& plan) const;
   int32_t LogitRows(const StepView& view) const;
   void FillStepState(const StepView& view);
   void FillLogitRows(const StepView& view);
+  void FillSamples(const StepView& view);
   void EnqueueForward(const StepView& view);
+  void EnqueueEmbedding(const StepView& view);
   void EnqueueLayer(const StepView& view, int32_t layer);
+  void EnqueueFfn(const LayerWeights& weights, const Activations& in, const Activations& residual,
+                  int32_t rows);
   void EnqueueLogits(const StepView& view);
   absl::Status LaunchCaptured(const StepView& view);
   void ReadSampled(const StepPlan& plan);
@@ -199,6 +215,7 @@ class InferenceEngine {
   std::map<RequestId, Sequence> sequences_;
   std::map<std::pair<int32_t, int32_t>, Graph> graphs_;  // by (padded rows, strategy's key)
   StepView view_;                                        // of the last step
+  Event step_done_;                                      // behind the last step's compute
   std::vector<int32_t> sampled_;                         // of the last step, by segment
   int64_t modelled_ns_ = 0;                              // of all steps so far
 };

@@ -4,6 +4,7 @@
 #include "base/file.h"
 #include "base/limits.h"
 #include "base/status_macros.h"
+#include "worker/engine/token_file.h"
 
 namespace kvsweep {
 namespace {
@@ -63,6 +64,17 @@ absl::StatusOr<std::span<const int32_t>> InputCache::TextIds(const RunTrial& req
   if (const auto found = texts_.find(key); found != texts_.end()) return found->second;
   ASSIGN_OR_RETURN(const std::string content, ReadFile(place, path, limits::kTextFileBytes));
   return Keep(texts_, key, tokenizer.Encode(content));
+}
+
+absl::StatusOr<std::span<const int32_t>> InputCache::TokenIds(const RunTrial& request,
+                                                              const std::string& path,
+                                                              int32_t vocabulary) {
+  ASSIGN_OR_RETURN(const Place place, FindPlace(request, path));
+  const std::string key = absl::StrCat(place.digest.Hex(), " ", place.path, " ids ", vocabulary);
+  if (const auto found = texts_.find(key); found != texts_.end()) return found->second;
+  ASSIGN_OR_RETURN(const std::string content, ReadFile(place, path, limits::kTextFileBytes));
+  ASSIGN_OR_RETURN(std::vector<int32_t> ids, ParseTokenFile(content, path, vocabulary));
+  return Keep(texts_, key, std::move(ids));
 }
 
 }  // namespace kvsweep

@@ -35,6 +35,11 @@ class InputCache {
                                                    const Tokenizer& tokenizer,
                                                    absl::string_view model);
 
+  // The ids of the token file (token_file.h) that the spec calls `path`, all inside `vocabulary`.
+  // Errors and validity as above.
+  absl::StatusOr<std::span<const int32_t>> TokenIds(const RunTrial& request,
+                                                    const std::string& path, int32_t vocabulary);
+
  private:
   // Local path and digest of a file of the request; the digest is empty when the spec has none.
   struct Place {
@@ -46,7 +51,7 @@ class InputCache {
                                               int64_t most_bytes);
 
   std::map<std::string, Trace> traces_;                // by digest and place
-  std::map<std::string, std::vector<int32_t>> texts_;  // by digest, place and model
+  std::map<std::string, std::vector<int32_t>> texts_;  // by digest, place and model or vocabulary
 };
 
 }  // namespace kvsweep

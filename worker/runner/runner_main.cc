@@ -33,6 +33,7 @@
 #include "proto/runner.pb.h"
 #include "worker/frames.h"
 #include "worker/runner/device_backend.h"
+#include "worker/runner/generate.h"
 #include "worker/runner/input_cache.h"
 #include "worker/runner/recorder.h"
 #include "worker/runner/trial.h"
@@ -221,6 +222,23 @@ absl::Status RunFile(const std::string& path, WarmDevice* device) {
   return absl::OkStatus();
 }
 
+// Answers the GenerateRequest in a file; a request that cannot be carried out is answered too.
+absl::Status AnswerGenerate(const std::string& path, WarmDevice* device) {
+  ASSIGN_OR_RETURN(const std::string bytes, ReadFile(path, limits::kFrameBytes));
+  GenerateRequest request;
+  if (!request.ParseFromString(bytes)) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": not a GenerateRequest"));
+  }
+  absl::StatusOr<GenerateReply> reply = Generate(request, device);
+  if (!reply.ok()) {
+    const absl::Status status = reply.status();
+    reply = GenerateReply();
+    reply->set_status_code(static_cast<uint32_t>(status.code()));
+    reply->set_status_message(std::string(status.message()));
+  }
+  return WriteFileAtomic(absl::StrCat(path, ".reply"), reply->SerializeAsString());
+}
+
 int Main(int argc, char** argv) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   int fd = -1;
@@ -230,6 +248,7 @@ int Main(int argc, char** argv) {
   int device = 0;
   bool probe = false;
   std::string trial;
+  std::string generate_path;
   std::string log_level = "warning";
   CLI::App app("Runs trials on one slot's devices; started by kvsweep-worker.", "kvsweep-runner");
   app.set_version_flag("--version",
@@ -237,6 +256,9 @@ int Main(int argc, char** argv) {
   auto* socket = app.add_option("--fd", fd, "Descriptor of the worker's socket");
   auto* file = app.add_option("--trial", trial,
                               "Run the RunTrial of this text file instead, records to stdout");
+  auto* generate = app.add_option("--generate", generate_path,
+                                  "Answer the GenerateRequest of this file in FILE.reply instead; "
+                                  "`kvsweep generate` writes it");
   app.add_option("--backend", backend, "Where to compute; auto takes what this program has")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
   app.add_option("--device", device, "Number of the CUDA device")->check(CLI::Range(0, 63));
@@ -246,7 +268,8 @@ int Main(int argc, char** argv) {
   app.add_option("--threads", threads, "Threads of the CPU backend; 0: one for each core")
       ->check(CLI::Range(0, 1024));
   app.add_option("--log-level", log_level, "debug, info, warning, error or off");
-  socket->excludes(file);
+  socket->excludes(file)->excludes(generate);
+  file->excludes(generate);
   app.footer("Example: kvsweep-runner --trial trial.textproto");
   CLI11_PARSE(app, argc, argv);
 
@@ -260,13 +283,17 @@ int Main(int argc, char** argv) {
     if (!found.ok()) LogInfo("computing on the CPU: ", found.message());
     backend = found.ok() ? "cuda" : "cpu";
   }
-  if (status.ok() && fd < 0 && trial.empty()) {
+  if (status.ok() && fd < 0 && trial.empty() && generate_path.empty()) {
     status = absl::InvalidArgumentError("give --fd or --trial; see --help");
   }
   if (status.ok()) {
     if (threads == 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
     WarmDevice warm(FactoryOf(backend, device, dtype), threads);
-    status = fd >= 0 ? ServeWorker(fd, &warm) : RunFile(trial, &warm);
+    if (!generate_path.empty()) {
+      status = AnswerGenerate(generate_path, &warm);
+    } else {
+      status = fd >= 0 ? ServeWorker(fd, &warm) : RunFile(trial, &warm);
+    }
   }
   if (status.ok()) return 0;
   LogError(status.message());

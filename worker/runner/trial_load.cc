@@ -18,6 +18,19 @@ namespace {
 constexpr size_t kCalibrationIds = 65'536;
 constexpr uint64_t kCalibrationSeed = 0x63616c6962;
 
+// Tokens of the longest request that the spec names by number; a trace's are clipped to the model.
+int32_t AskedContext(const TrialSpec& spec) {
+  const Lengths& lengths = spec.load().lengths();
+  const uint32_t most =
+      spec.kind() == TrialSpec::KIND_QUALITY
+          ? spec.quality().context()
+          : std::max({lengths.max_total(), lengths.input() + lengths.output(),
+                      lengths.input_distribution().max() + lengths.output_distribution().max()});
+  return static_cast<int32_t>(std::min<int64_t>(most, limits::kContextTokens));
+}
+
+}  // namespace
+
 DType KvDtype(const Kv& kv, const ModelConfig& config) {
   switch (kv.dtype()) {
     case Kv::DTYPE_F32:
@@ -32,19 +45,6 @@ DType KvDtype(const Kv& kv, const ModelConfig& config) {
       return config.dtype;
   }
 }
-
-// Tokens of the longest request that the spec names by number; a trace's are clipped to the model.
-int32_t AskedContext(const TrialSpec& spec) {
-  const Lengths& lengths = spec.load().lengths();
-  const uint32_t most =
-      spec.kind() == TrialSpec::KIND_QUALITY
-          ? spec.quality().context()
-          : std::max({lengths.max_total(), lengths.input() + lengths.output(),
-                      lengths.input_distribution().max() + lengths.output_distribution().max()});
-  return static_cast<int32_t>(std::min<int64_t>(most, limits::kContextTokens));
-}
-
-}  // namespace
 
 // Token files need no tokenizer, texts do.
 absl::StatusOr<std::span<const int32_t>> Trial::TextIds(const std::string& path) {

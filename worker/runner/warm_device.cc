@@ -59,12 +59,14 @@ absl::StatusOr<const LoadedModel*> WarmDevice::UseFolder(const std::string& fold
   return model_.get();
 }
 
-absl::StatusOr<const LoadedModel*> WarmDevice::UseShape(const std::string& shape, uint64_t seed) {
+absl::StatusOr<const LoadedModel*> WarmDevice::UseShape(const std::string& shape, uint64_t seed,
+                                                        int32_t context_tokens) {
   KVSWEEP_CHECK(backend_ != nullptr);
-  const std::string key = absl::StrCat("random ", shape, " ", seed);
+  ASSIGN_OR_RETURN(ModelConfig config, FindShape(shape));
+  ExtendPositions(context_tokens, &config);
+  const std::string key = absl::StrCat("random ", shape, " ", seed, " ", config.max_positions);
   if (model_key_ == key) return model_.get();
   DropModel();
-  ASSIGN_OR_RETURN(const ModelConfig config, FindShape(shape));
   ASSIGN_OR_RETURN(model_, LoadedModel::Random(backend_.get(), config, seed));
   model_key_ = key;
   return model_.get();
@@ -75,7 +77,8 @@ absl::StatusOr<const Tokenizer*> WarmDevice::UseTokenizer() {
   if (tokenizer_ == nullptr) {
     if (folder_.empty()) {
       return absl::InvalidArgumentError(
-          "load.text: random weights have no tokenizer; leave the text out");
+          "load.text: random weights have no tokenizer; leave the text out, or give token ids "
+          "(.npy, .u16)");
     }
     ASSIGN_OR_RETURN(tokenizer_, LoadTokenizer(folder_));
   }

@@ -48,8 +48,9 @@ class WarmDevice {
   // REQUIRES: a backend is in use.
   absl::StatusOr<const LoadedModel*> UseFolder(const std::string& folder,
                                                const ModelReference& reference);
-  // Random weights for a shape of the catalogue.
-  absl::StatusOr<const LoadedModel*> UseShape(const std::string& shape, uint64_t seed);
+  // Random weights for a shape of the catalogue, whose positions reach `context_tokens` at least.
+  absl::StatusOr<const LoadedModel*> UseShape(const std::string& shape, uint64_t seed,
+                                              int32_t context_tokens);
 
   // The tokenizer of the model in use; an error for random weights and unsupported kinds.
   absl::StatusOr<const Tokenizer*> UseTokenizer();
