@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "cli/exit_code.h"
+#include "worker/engine/weights.h"
 
 namespace kvsweep {
 
@@ -34,6 +35,14 @@ void AddSpecFlags(CLI::App& command, SpecFlags* flags) {
 absl::StatusOr<LoadedExperiment> LoadSpec(const SpecFlags& flags) {
   const LoadOptions options{.overrides = flags.overrides, .environment = SystemEnvironment()};
   ASSIGN_OR_RETURN(LoadedExperiment loaded, LoadExperiment(flags.path, options));
+  const auto folder = loaded.resolved.local_paths.find(loaded.experiment.model().path());
+  if (folder != loaded.resolved.local_paths.end()) {
+    const absl::Status sound = CheckModelFolder(folder->second);
+    if (!sound.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(flags.path, ": model.path: ", sound.message()));
+    }
+  }
   for (const std::string& override : flags.overrides) {
     absl::StrAppend(&loaded.text, "# -S ", override, "\n");
   }

@@ -57,6 +57,7 @@ int Main(int argc, char** argv) {
   AddSpecCommand(app, &exit_code);
   AddValidateCommand(app, &exit_code);
   AddExpandCommand(app, &exit_code);
+  AddGenerateCommand(app, &exit_code);
   AddListCommand(app, &exit_code);
   AddShowCommand(app, &exit_code);
   AddLogsCommand(app, &exit_code);

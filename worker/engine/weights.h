@@ -96,6 +96,11 @@ absl::StatusOr<ModelWeights> LoadWeights(const std::string& folder, const ModelC
 absl::StatusOr<ModelWeights> RandomWeights(const ModelConfig& config, uint64_t seed,
                                            Backend* backend);
 
+// Checks a model folder without loading it: config.json, the headers of all safetensors files, every
+// tensor's name and shape, and, in models of up to 1 GiB, that no value is NaN or infinite. Errors
+// as of LoadModelConfig and LoadWeights.
+absl::Status CheckModelFolder(const std::string& folder);
+
 // The digest of what makes up a model: names and contents, in order of name, of
 // config.json, the safetensors files with their index, and the tokenizer's
 // files. Other files of the folder (reports, licences) do not count. NotFound
