@@ -423,10 +423,6 @@ Seeds SeedsOfRepeat(uint64_t base_seed, uint32_t repeat) {
   return seeds;
 }
 
-bool UsesHostTier(const Arm& arm) {
-  return arm.strategy() == "infinigen" || arm.paged().preemption() == Paged::PREEMPTION_SWAP ||
-         arm.h2o().tier() == H2o::TIER_HOST ||
-         (arm.strategy() == "h2o" && arm.h2o().preemption() == H2o::PREEMPTION_SWAP);
-}
+bool UsesHostTier(const Arm& arm) { return UsesHostLink(arm, arm.strategy()); }
 
 }  // namespace kvsweep

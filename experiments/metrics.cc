@@ -11,6 +11,7 @@
 #include "absl/strings/strip.h"
 #include "base/clock.h"
 #include "experiments/stats.h"
+#include "proto/schema.h"
 
 namespace kvsweep {
 namespace {
@@ -671,7 +672,7 @@ std::vector<SummaryMetric> SummariseQuality(std::span<const QualityRow> windows,
 }
 
 Engagement JudgeEngagement(absl::string_view strategy, std::span<const RequestRow> requests) {
-  if (strategy == "paged") return Engagement::kNoRule;
+  if (FindStrategyTraits(*Arm::descriptor(), strategy).baseline) return Engagement::kNoRule;
   size_t expected = 0;
   size_t engaged = 0;
   for (const RequestRow& row : requests) {

@@ -96,7 +96,7 @@ std::vector<SummaryMetric> SummariseQuality(std::span<const QualityRow> windows,
 // Whether the strategy did what it is named for, judged by the rows that it marked.
 enum class Engagement { kNoRule, kEngaged, kNotEngaged };
 
-// kNoRule for paged. Otherwise kEngaged if at least half of the requests for which the rule applies
+// kNoRule for a strategy that the schema declares a baseline. Otherwise kEngaged if at least half of the requests for which the rule applies
 // were engaged, and there was at least one.
 Engagement JudgeEngagement(absl::string_view strategy, std::span<const RequestRow> requests);
 

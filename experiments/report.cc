@@ -12,6 +12,7 @@
 #include "base/check.h"
 #include "base/text.h"
 #include "experiments/spec.h"
+#include "proto/schema.h"
 
 namespace kvsweep {
 namespace {
@@ -254,12 +255,12 @@ class Comparer {
     quality.intervals = QualityIntervals(result.windows, confidence_);
     quality.positions = QualityByPosition(result.windows, confidence_);
     quality.recall = RecallByDepth(result.passkeys, confidence_);
-    quality.note = LoadDependence(trials);
+    quality.note = LoadDependence(trials, compared.strategy);
     return quality;
   }
 
   // Why the quality of the trial of its own need not be that of these outputs; empty: it is.
-  static std::string LoadDependence(const Trials& trials) {
+  static std::string LoadDependence(const Trials& trials, const std::string& strategy) {
     const std::string& cause = trials.front()->load_dependence;
     if (cause == "batch") {
       return "count_scope: batch makes a request's output depend on its batch mates; the quality "
@@ -269,13 +270,18 @@ class Comparer {
       return "prefill_evict: chunk prunes at the borders of chunks, which depend on the load; the "
              "quality under this load may differ";
     }
-    const std::vector<double> preemptions = ValuesByRepeat(trials, "preemptions");
-    const bool preempted =
-        std::any_of(preemptions.begin(), preemptions.end(), [](double p) { return p > 0; });
-    if (cause != "recompute" || !preempted) return "";
-    return "requests were preempted by recompute, which does not restore what h2o kept; the "
-           "quality "
-           "under this load may differ";
+    // Victims of a swap that found no room on the host start anew too.
+    const bool depends =
+        cause == "recompute" || FindStrategyTraits(*Arm::descriptor(), strategy).history_dependent;
+    const auto happened = [&](absl::string_view metric) {
+      const std::vector<double> values = ValuesByRepeat(trials, metric);
+      return std::any_of(values.begin(), values.end(), [](double value) { return value > 0; });
+    };
+    const bool recomputed =
+        cause == "recompute" ? happened("preemptions") : happened("recomputed_tokens");
+    if (!depends || !recomputed) return "";
+    return absl::StrCat("requests were preempted by recompute, which does not restore what ",
+                        strategy, " kept; the quality under this load may differ");
   }
 
   // Trials that did not stay in the regime that is claimed: where KV fits, and where the same

@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <type_traits>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -79,6 +80,10 @@ void CheckEngine(const Engine& engine, const std::string& path, ProblemList* pro
 // budget_base and budget_tokens of a strategy's block.
 template <typename Block>
 void CheckBudgetBase(const Block& block, const Reporter& report) {
+  if (block.budget_base() == BUDGET_BASE_FINAL && !std::is_same_v<Block, H2o>) {
+    report.Add("budget_base", "the final length is known to no server",
+               "write limit, prompt or fixed; final is for h2o's fidelity runs");
+  }
   const bool fixed = block.budget_base() == BUDGET_BASE_FIXED;
   if (fixed && !block.has_budget_tokens()) {
     report.Add("budget_tokens", "missing", "budget_base: fixed needs its number of tokens");
@@ -87,15 +92,78 @@ void CheckBudgetBase(const Block& block, const Reporter& report) {
                  "budget_base is not \"fixed\"");
 }
 
+// How many tokens an H2o block keeps, and of what.
+void CheckH2oBudget(const H2o& h2o, const Reporter& report) {
+  const bool sizes = h2o.has_heavy_size() || h2o.has_recent_size();
+  if (!sizes) {
+    const double total = h2o.heavy_ratio() + h2o.recent_ratio();
+    // Sums of decimal fractions miss 1 by a rounding.
+    if (total > 1 + 1e-9 || total <= 0) {
+      report.Add("", absl::StrCat("heavy_ratio and recent_ratio add up to ", FormatNumber(total)),
+                 "their sum must lie above 0 and not exceed 1");
+    }
+    return CheckBudgetBase(h2o, report);
+  }
+  const uint64_t total = uint64_t{h2o.heavy_size()} + h2o.recent_size();
+  if (!h2o.has_heavy_size() || !h2o.has_recent_size()) {
+    report.Add(h2o.has_heavy_size() ? "recent_size" : "heavy_size", "missing",
+               "a budget in tokens needs heavy_size and recent_size");
+  } else if (total == 0) {
+    report.Add("heavy_size", "a budget of 0 tokens keeps nothing", "raise it, or recent_size");
+  } else if (h2o.sink_tokens() > total) {
+    report.Add("sink_tokens",
+               absl::StrCat(h2o.sink_tokens(), " sinks do not fit a budget of ", total),
+               "lower it, or raise heavy_size or recent_size");
+  }
+  constexpr absl::string_view kInTokens = "the budget is given in tokens";
+  report.Useless(h2o.heavy_ratio() != 0.1, "heavy_ratio", kInTokens);
+  report.Useless(h2o.recent_ratio() != 0.1, "recent_ratio", kInTokens);
+  report.Useless(h2o.budget_base() != BUDGET_BASE_LIMIT, "budget_base", kInTokens);
+  report.Useless(h2o.has_budget_tokens(), "budget_tokens", kInTokens);
+}
+
 void CheckH2o(const H2o& h2o, const std::string& path, ProblemList* problems) {
   const Reporter report(path, problems);
-  const double total = h2o.heavy_ratio() + h2o.recent_ratio();
-  // Sums of decimal fractions miss 1 by a rounding.
-  if (total > 1 + 1e-9 || total <= 0) {
-    report.Add("", absl::StrCat("heavy_ratio and recent_ratio add up to ", FormatNumber(total)),
-               "their sum must lie above 0 and not exceed 1");
+  CheckH2oBudget(h2o, report);
+  const bool equal = h2o.has_heavy_size() ? h2o.heavy_size() == h2o.recent_size()
+                                          : h2o.heavy_ratio() == h2o.recent_ratio();
+  if (h2o.evict_rule() == H2o::EVICT_RULE_SLOT_PROMOTE && !equal) {
+    report.Add("evict_rule", "slot_promote keeps as many heavy hitters as recent tokens",
+               "give both the same ratio or size");
   }
-  CheckBudgetBase(h2o, report);
+  report.Useless(
+      h2o.evict_rule() == H2o::EVICT_RULE_CURRENT_ONLY && h2o.score_norm() != H2o::SCORE_NORM_SUM,
+      "score_norm", "current_only keeps no scores beyond a step");
+  report.Useless(h2o.score_norm() != H2o::SCORE_NORM_DECAYED && h2o.score_decay() != 0.98,
+                 "score_decay", "score_norm is not \"decayed\"");
+  if (h2o.tier() == H2o::TIER_HOST && h2o.full_layers() > 0) {
+    report.Add("full_layers", "with tier: host every layer's entries lie on the host", "remove it");
+  }
+  if (h2o.tier() == H2o::TIER_HOST && h2o.preemption() == H2o::PREEMPTION_SWAP) {
+    report.Add("preemption", "swap has nothing to bring to the host with tier: host",
+               "write none or recompute");
+  }
+}
+
+void CheckStreamingLlm(const StreamingLlm& streaming, const std::string& path,
+                       ProblemList* problems) {
+  const Reporter report(path, problems);
+  if (!streaming.has_window_size()) {
+    if (streaming.window_ratio() <= 0) {
+      report.Add("window_ratio", "a budget of 0 tokens keeps nothing", "write more than 0");
+    }
+    return CheckBudgetBase(streaming, report);
+  }
+  if (streaming.window_size() <= streaming.sink_tokens()) {
+    report.Add("window_size",
+               absl::StrCat(streaming.sink_tokens(), " sinks leave nothing of ",
+                            streaming.window_size(), " tokens to be a window"),
+               "raise it, or lower sink_tokens");
+  }
+  constexpr absl::string_view kInTokens = "the window is given in tokens";
+  report.Useless(streaming.window_ratio() != 0.2, "window_ratio", kInTokens);
+  report.Useless(streaming.budget_base() != BUDGET_BASE_LIMIT, "budget_base", kInTokens);
+  report.Useless(streaming.has_budget_tokens(), "budget_tokens", kInTokens);
 }
 
 void CheckPaged(const Paged& paged, const std::string& path, ProblemList* problems) {
@@ -110,6 +178,37 @@ void CheckPaged(const Paged& paged, const std::string& path, ProblemList* proble
   report.Useless(paged.watermark() > 0, "watermark", "reservation takes all at admission");
   report.Useless(paged.admit_whole_prompt(), "admit_whole_prompt",
                  "reservation takes all at admission");
+}
+
+void CheckInfinigen(const Infinigen& infinigen, const Reporter& report) {
+  CheckBudgetBase(infinigen, report);
+  const bool all = infinigen.fetch() == Infinigen::FETCH_ALL;
+  const bool bounded = infinigen.capacity() < 1;
+  const bool request_columns = infinigen.columns() == Infinigen::COLUMNS_REQUEST;
+  constexpr absl::string_view kAll = "fetch is \"all\": nothing is speculated";
+  report.Useless(all && infinigen.has_force_fetch_ratio(), "force_fetch_ratio", kAll);
+  report.Useless(all && infinigen.skew() == Infinigen::SKEW_FOLDED, "skew", kAll);
+  report.Useless(all && request_columns, "columns", kAll);
+  report.Useless(all && infinigen.gather() == Infinigen::GATHER_STAGED, "gather", kAll);
+  report.Useless(all && infinigen.full_layers_on_device(), "full_layers_on_device",
+                 "with fetch: all every layer is a full layer");
+  report.Useless(!bounded && infinigen.eviction_policy() != Infinigen::EVICTION_POLICY_COUNTER,
+                 "eviction_policy", "a capacity of 1 evicts nothing");
+  if (all && bounded && infinigen.eviction_policy() != Infinigen::EVICTION_POLICY_FIFO) {
+    report.Add("eviction_policy", "with fetch: all every entry is used in every step",
+               "write fifo");
+  }
+  if (all || !request_columns) return;
+  if (infinigen.prefill_history() != Infinigen::PREFILL_HISTORY_WHOLE) {
+    report.Add("columns", "columns of a request need its prompt in one piece",
+               "set prefill_history: whole");
+  }
+  if (infinigen.skew() == Infinigen::SKEW_FOLDED ||
+      infinigen.rope_speculation() == Infinigen::ROPE_SPECULATION_PAIRED ||
+      infinigen.column_score() == Infinigen::COLUMN_SCORE_UNION) {
+    report.Add("columns", "columns of a request are ranked over the whole skewed keys",
+               "use skew speculative, rope_speculation exact and column_score product or query");
+  }
 }
 
 // What an arm needs of the trial around it.
@@ -137,10 +236,6 @@ void CheckArmInTrial(const TrialSpec& trial, absl::string_view prefix, ProblemLi
                           trial.engine().max_num_seqs(), " sequences of engine.max_num_seqs"),
              "lower it, or raise max_num_seqs");
   }
-  if (trial.load().samples() > 1 && trial.load().sessions().turns() > 1) {
-    Reporter(Join(prefix, "load"), problems)
-        .Add("samples", "a chat goes on from one answer", "remove samples, or sessions");
-  }
 }
 
 void CheckArm(const Arm& arm, const std::string& path, ProblemList* problems) {
@@ -162,8 +257,11 @@ void CheckArm(const Arm& arm, const std::string& path, ProblemList* problems) {
   }
   if (arm.strategy() == "paged") CheckPaged(arm.paged(), Join(path, "paged"), problems);
   if (arm.strategy() == "h2o") CheckH2o(arm.h2o(), Join(path, "h2o"), problems);
+  if (arm.strategy() == "streaming_llm") {
+    CheckStreamingLlm(arm.streaming_llm(), Join(path, "streaming_llm"), problems);
+  }
   if (arm.strategy() == "infinigen") {
-    CheckBudgetBase(arm.infinigen(), Reporter(Join(path, "infinigen"), problems));
+    CheckInfinigen(arm.infinigen(), Reporter(Join(path, "infinigen"), problems));
   }
 }
 

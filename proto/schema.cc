@@ -370,6 +370,32 @@ std::vector<std::string> StrategyNames(const Descriptor& message) {
   return names;
 }
 
+StrategyTraits FindStrategyTraits(const Descriptor& message, absl::string_view name) {
+  const FieldDescriptor* const field = message.FindFieldByName(std::string(name));
+  if (field == nullptr || !RuleOf(*field).strategy()) return {};
+  return {.baseline = RuleOf(*field).baseline(),
+          .history_dependent = RuleOf(*field).history_dependent()};
+}
+
+bool UsesHostLink(const Message& message, absl::string_view name) {
+  const FieldDescriptor* const field = message.GetDescriptor()->FindFieldByName(std::string(name));
+  if (field == nullptr || !RuleOf(*field).strategy()) return false;
+  if (!RuleOf(*field).host_tier().empty()) return true;
+  const Message& parameters = message.GetReflection()->GetMessage(message, field);
+  const Descriptor& block = *parameters.GetDescriptor();
+  for (int i = 0; i < block.field_count(); ++i) {
+    const FieldDescriptor* const parameter = block.field(i);
+    const Rule& rule = RuleOf(*parameter);
+    if (rule.host_tier().empty()) continue;
+    const bool set = parameters.GetReflection()->HasField(parameters, parameter);
+    const std::string value =
+        set ? EnumName(*parameters.GetReflection()->GetEnum(parameters, parameter))
+            : rule.default_value();
+    if (value == rule.host_tier()) return true;
+  }
+  return false;
+}
+
 std::vector<NamedPath> FindNamedPaths(const Message& root) {
   std::vector<NamedPath> paths;
   const auto add = [&](const FieldDescriptor& field, std::string path, std::string value) {

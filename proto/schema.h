@@ -144,6 +144,20 @@ std::string PrettyValue(const google::protobuf::FieldDescriptor& field, absl::st
 // order.
 std::vector<std::string> StrategyNames(const google::protobuf::Descriptor& message);
 
+// What the schema declares of the strategy whose parameters are field `name` of `message`; all
+// false for a name that is none.
+struct StrategyTraits {
+  bool baseline = false;           // it has no rule of engagement
+  bool history_dependent = false;  // preemption by recompute does not restore its state
+};
+StrategyTraits FindStrategyTraits(const google::protobuf::Descriptor& message,
+                                  absl::string_view name);
+
+// Whether the strategy whose parameters are field `name` of `message` moves entries over the host
+// link (rule `host_tier`): always, or because one of its parameters says so; unset parameters have
+// their defaults.
+bool UsesHostLink(const google::protobuf::Message& message, absl::string_view name);
+
 // A field that names a file or a model folder, and the value it has.
 struct NamedPath {
   std::string field;  // dotted path

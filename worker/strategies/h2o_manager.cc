@@ -47,6 +47,10 @@ absl::Status CheckModel(const H2o& parameters, const ModelShape& shape) {
         "h2o.preemption: swap has nothing to bring to the host with tier: host; use none or "
         "recompute");
   }
+  if (parameters.tier() == H2o::TIER_HOST && parameters.full_layers() > 0) {
+    return absl::InvalidArgumentError(
+        "h2o.full_layers: with tier: host every layer's entries lie on the host; use 0");
+  }
   if (static_cast<int32_t>(parameters.full_layers()) >= shape.layers) {
     return absl::InvalidArgumentError(absl::StrCat(
         "h2o.full_layers: ", parameters.full_layers(), " leaves no layer of the model's ",

@@ -1,6 +1,7 @@
 // H2O's two operations, prune_heavy and evict_heavy, against the definition: keep the last `recent`
 // tokens and of the rest the `heavy` that have received the most attention.
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <vector>
 
@@ -194,6 +195,70 @@ TEST(EvictHeavy, KeepsTheSetsOfTheDefinitionStepByStep) {
       }
     }
   }
+}
+
+// From the same state the two rules keep sets that differ in one heavy slot at most: slot_promote
+// keeps the token that left the window whatever its score, window_compare the better of it and the
+// least.
+TEST(EvictHeavy, RulesDifferInOneHeavySlotAtASharedHistory) {
+  Random random(4);
+  int differed = 0;
+  for (int run = 0; run < 60; ++run) {
+    constexpr int32_t kHeavy = 5;
+    constexpr int32_t kRecent = 3;
+    std::vector<std::vector<int32_t>> kept;
+    const uint64_t seed = random.Next64();
+    for (const bool promote : {false, true}) {
+      Random same(seed);
+      Device device;
+      const Cache cache = MakeCache(
+          device, same,
+          {.lengths = {kHeavy + kRecent}, .kv_heads = 1, .head_dim = kDim, .block_size = 4});
+      const SlotView score = MakeSlots(device, cache);
+      const SlotView position = MakeSlots(device, cache);
+      // Token 20 comes; 17 .. 19 are the window, in the ring's slots.
+      for (int32_t slot = 0; slot < kHeavy + kRecent; ++slot) {
+        ScoreAt(score, 0, slot, 0) = static_cast<float>(same.UniformDouble());
+        PositionAt(position, 0, slot, 0) = slot;
+      }
+      for (int32_t p = 17; p < 20; ++p) {
+        PositionAt(position, 0, kHeavy + (p - kHeavy) % kRecent, 0) = p;
+      }
+      std::vector<float> probability(kHeavy + kRecent + 1);
+      for (float& p : probability) p = static_cast<float>(0.1 * same.UniformDouble());
+      device.backend.EvictHeavy({.view = cache.view,
+                                 .score = score,
+                                 .slot_position = position,
+                                 .promote = promote,
+                                 .probability = device.Put(probability),
+                                 .probability_stride = kHeavy + kRecent + 1,
+                                 .key = device.RoomRows(1, kDim),
+                                 .value = device.RoomRows(1, kDim),
+                                 .position = device.Put(std::vector<int32_t>{20}),
+                                 .heavy = device.Put(std::vector<int32_t>{kHeavy}),
+                                 .recent = device.Put(std::vector<int32_t>{kRecent}),
+                                 .rows = 1,
+                                 .query_heads = 1,
+                                 .kv_heads = 1,
+                                 .head_dim = kDim},
+                                Stream::kCompute);
+      ASSERT_TRUE(device.backend.WaitAll().ok());
+      kept.emplace_back();
+      for (int32_t slot = 0; slot < kHeavy + kRecent; ++slot) {
+        kept.back().push_back(PositionAt(position, 0, slot, 0));
+      }
+      std::ranges::sort(kept.back());
+      if (promote) {
+        EXPECT_EQ(std::ranges::count(kept.back(), 17), 1);
+      }
+    }
+    std::vector<int32_t> only_compared;
+    std::ranges::set_difference(kept[0], kept[1], std::back_inserter(only_compared));
+    EXPECT_LE(only_compared.size(), 1u);
+    differed += !only_compared.empty();
+  }
+  EXPECT_GT(differed, 0);
+  EXPECT_LT(differed, 60);
 }
 
 }  // namespace

@@ -39,6 +39,21 @@ inline Arm H2oArm(double heavy_ratio, double recent_ratio) {
   return arm;
 }
 
+// Victims wait on the host with all that they keep.
+inline Arm SwappingH2oArm(double heavy_ratio, double recent_ratio) {
+  Arm arm = H2oArm(heavy_ratio, recent_ratio);
+  arm.mutable_h2o()->set_preemption(H2o::PREEMPTION_SWAP);
+  return arm;
+}
+
+inline Arm StreamingLlmArm(double window_ratio, uint32_t sink_tokens = 4) {
+  Arm arm;
+  arm.set_strategy("streaming_llm");
+  arm.mutable_streaming_llm()->set_window_ratio(window_ratio);
+  arm.mutable_streaming_llm()->set_sink_tokens(sink_tokens);
+  return arm;
+}
+
 struct InfinigenSettings {
   double partial_weight_ratio = 0.3;
   double alpha = 4;

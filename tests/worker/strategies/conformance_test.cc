@@ -18,11 +18,14 @@ namespace kvsweep {
 namespace {
 
 // Each strategy with budgets under which nothing is dropped.
-std::vector<Arm> AmpleArms() { return {PagedArm(), H2oArm(0.5, 0.5), AmpleInfinigenArm()}; }
+std::vector<Arm> AmpleArms() {
+  return {PagedArm(), H2oArm(0.5, 0.5), AmpleInfinigenArm(), StreamingLlmArm(1)};
+}
 
 // Each strategy with a budget that makes it do what it is named for.
 std::vector<Arm> TightArms() {
-  return {PagedArm(4), H2oArm(0.1, 0.1), InfinigenArm({.alpha = 2, .max_kv_ratio = 0.2})};
+  return {PagedArm(4), H2oArm(0.1, 0.1), InfinigenArm({.alpha = 2, .max_kv_ratio = 0.2}),
+          StreamingLlmArm(0.2)};
 }
 
 std::vector<TestRequest> RandomRequests(Random& random, int count, int32_t vocabulary,
@@ -165,7 +168,8 @@ TEST(PressureTest, PreemptedRequestsGiveTheSameTokens) {
   for (int i = 0; i < 6; ++i) {
     requests.push_back({.prompt = RandomIds(random, 40, 512), .output_tokens = 80});
   }
-  for (const Arm& arm : {PagedArm(4), InfinigenArm({.alpha = 2, .max_kv_ratio = 0.2})}) {
+  for (const Arm& arm :
+       {PagedArm(4), InfinigenArm({.alpha = 2, .max_kv_ratio = 0.2}), SwappingH2oArm(0.3, 0.3)}) {
     const EngineOptions ample = SmallEngine(128);
     absl::StatusOr<TestRun> unpreempted =
         RunRequests(backend.get(), *model, arm, ample, requests, calibration);
