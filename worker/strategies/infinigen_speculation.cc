@@ -55,7 +55,6 @@ absl::Status InfinigenStrategy::FoldLayer(const LayerSkewing& skewing, int32_t l
   const QueryWeights& weights = context_.query_weights[static_cast<size_t>(layer)];
   const int32_t heads = shape.query_heads + shape.kv_heads;
   const int64_t rows = int64_t{heads} * shape.head_dim;
-  const int64_t query_rows = int64_t{shape.query_heads} * shape.head_dim;
   ASSIGN_OR_RETURN(const std::vector<float> weight,
                    ReadFloats(weights.weight, context_.weight_dtype, rows * shape.hidden_size));
   ASSIGN_OR_RETURN(const std::vector<float> bias, ReadFloats(weights.bias, DType::kF32, rows));
@@ -73,7 +72,6 @@ absl::Status InfinigenStrategy::FoldLayer(const LayerSkewing& skewing, int32_t l
             At(scratch_.folded_weight, target * shape.hidden_size, context_.weight_dtype)));
     return Put(folded.bias, DType::kF32, scratch_.folded_bias + target);
   };
-  KVSWEEP_CHECK_EQ(query_rows, int64_t{shape.query_heads} * shape.head_dim);
   RETURN_IF_ERROR(fold(0, shape.query_heads, shape.query_heads / shape.kv_heads));
   return fold(shape.query_heads, shape.kv_heads, 1);
 }
