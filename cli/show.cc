@@ -1,6 +1,7 @@
 // `kvsweep show`: one trial, from what was asked to what came out.
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -90,10 +91,18 @@ std::string FormatShown(const Json& shown) {
     AppendEntries(outcome, &text);
   }
   if (!shown["counters"].empty()) absl::StrAppend(&text, "counted\n");
+  std::map<std::string, std::string> by_layer;
   for (const Json& counter : shown["counters"]) {
-    if (counter["layer"] != -1) continue;
-    absl::StrAppendFormat(&text, "  %-24s %s\n", ValueText(counter["name"]),
-                          ValueText(counter["value"]));
+    if (counter["layer"] == -1) {
+      absl::StrAppendFormat(&text, "  %-24s %s\n", ValueText(counter["name"]),
+                            ValueText(counter["value"]));
+    } else {
+      absl::StrAppendFormat(&by_layer[ValueText(counter["name"])], " %s:%.3g",
+                            ValueText(counter["layer"]), counter["value"].get<double>());
+    }
+  }
+  for (const auto& [name, values] : by_layer) {
+    absl::StrAppendFormat(&text, "  %-24s by layer%s\n", name, values);
   }
   absl::StrAppend(&text, "spec\n  ", shown["spec"].dump(), "\n");
   if (ValueText(shown["trial"]["kind"]) == "quality") {
@@ -101,6 +110,18 @@ std::string FormatShown(const Json& shown) {
     for (const SummaryMetric& metric : MetricsOf(shown, QualityMetrics())) {
       absl::StrAppendFormat(&text, "  %-24s %s\n", metric.name,
                             metric.value ? absl::StrFormat("%.6g", *metric.value) : metric.reason);
+    }
+    for (const Json& part : shown["positions"]) {
+      absl::StrAppendFormat(&text,
+                            "  from position %-10s kl %.4g, top-1 agreement %.3f, %s tokens\n",
+                            ValueText(part["first_position"]), part["kl"].get<double>(),
+                            part["top1_agreement"].get<double>(), ValueText(part["scored_tokens"]));
+    }
+    for (const Json& depth : shown["passkeys"]) {
+      absl::StrAppendFormat(&text,
+                            "  pass keys at depth %-5s %s of %s recalled, %s by the full cache\n",
+                            ValueText(depth["depth"]), ValueText(depth["recalled"]),
+                            ValueText(depth["prompts"]), ValueText(depth["reference_recalled"]));
     }
     return text;
   }

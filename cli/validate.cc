@@ -11,6 +11,7 @@
 #include "cli/exit_code.h"
 #include "cli/expansion.h"
 #include "cli/flags.h"
+#include "cli/memory_table.h"
 #include "experiments/matrix.h"
 
 namespace kvsweep {
@@ -21,7 +22,8 @@ constexpr char kSummary[] = "Checks specs and the files that they name.";
 constexpr char kMore[] =
     "Every field, what the fields mean together, every cell and arm of the matrix. Each problem is "
     "printed with its\n"
-    "place and what to do.\n"
+    "place and what to do. Arms in whose memory some of the requests can never run are sound, but "
+    "warned of.\n"
     "\n"
     "Example:\n"
     "  kvsweep validate experiments/specs/*.yaml\n"
@@ -37,6 +39,10 @@ absl::Status Validate(const SpecFlags& spec) {
       model.has_value()
           ? (model->name() + ", " + FormatBytes(static_cast<int64_t>(model->bytes()))).c_str()
           : (loaded.experiment.model().shape() + ", random weights").c_str());
+  ASSIGN_OR_RETURN(const std::vector<std::string> warnings, MemoryWarnings(*matrix, loaded));
+  for (const std::string& warning : warnings) {
+    std::fprintf(stderr, "%s: warning: %s\n", spec.path.c_str(), warning.c_str());
+  }
   return absl::OkStatus();
 }
 

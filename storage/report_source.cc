@@ -224,10 +224,26 @@ absl::StatusOr<std::string> TableSource::ShowTrial(TrialId id) {
                        kPage));
   ASSIGN_OR_RETURN(const Table counters,
                    Run(absl::StrCat("SELECT name, layer, value FROM v_counters", where), kPage));
+  ASSIGN_OR_RETURN(
+      const Table positions,
+      Run(absl::StrCat("SELECT first_position, sum(scored_tokens) AS scored_tokens, "
+                       "sum(nll_sum) / sum(scored_tokens) AS nll, "
+                       "sum(reference_nll_sum) / sum(scored_tokens) AS reference_nll, "
+                       "sum(kl_sum) / sum(scored_tokens) AS kl, "
+                       "1.0 * sum(top1_matches) / sum(scored_tokens) AS top1_agreement "
+                       "FROM v_quality_positions",
+                       where, " GROUP BY first_position ORDER BY first_position"),
+          kPage));
+  ASSIGN_OR_RETURN(const Table passkeys,
+                   Run(absl::StrCat("SELECT depth, count(*) AS prompts, sum(recalled) AS recalled, "
+                                    "sum(reference_recalled) AS reference_recalled FROM v_passkeys",
+                                    where, " GROUP BY depth ORDER BY depth"),
+                       kPage));
   return absl::StrCat("{\"trial\":{", about, "},\"spec\":", spec, ",\"metrics\":{", metrics,
                       "},\"reasons\":", PairsJson(reasons), ",\"facts\":", PairsJson(facts),
                       ",\"outcome\":", TableJson(outcomes), ",\"counters\":", TableJson(counters),
-                      "}");
+                      ",\"positions\":", TableJson(positions),
+                      ",\"passkeys\":", TableJson(passkeys), "}");
 }
 
 absl::StatusOr<std::string> TableSource::Logs(TrialId id) {

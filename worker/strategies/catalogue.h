@@ -22,6 +22,10 @@ std::vector<std::string> StrategyNames();
 absl::StatusOr<std::unique_ptr<CacheStrategy>> MakeStrategy(const Arm& arm,
                                                             const StrategyContext& context);
 
+// The arm's KV manager alone, without a backend: every byte that the strategy will take. Errors of
+// the arm as of MakeStrategy.
+absl::StatusOr<std::unique_ptr<KvManager>> MakeManager(const Arm& arm, const StrategySizes& sizes);
+
 }  // namespace kvsweep
 
 #endif  // KVSWEEP_WORKER_STRATEGIES_CATALOGUE_H_
