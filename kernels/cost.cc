@@ -167,8 +167,14 @@ Cost PrefillAttentionCost(const PrefillAttentionArgs& args, double element_bytes
 
 Cost ColumnSumCost(const ColumnSumArgs& args, double element_bytes) {
   const double rows = args.rows;
-  const double columns = rows + args.history_tokens;
-  const double pairs = rows * args.history_tokens + rows * (rows + 1) / 2;
+  const double total = rows + args.history_tokens;
+  const double end =
+      std::min<double>(total, static_cast<double>(args.keys.first_token) + args.keys.max_tokens);
+  const double columns = std::max(0.0, end - args.keys.first_token);
+  // Columns of the history are seen by every row, the chunk's own by half of them.
+  const double own =
+      std::clamp(end - std::max<double>(args.history_tokens, args.keys.first_token), 0.0, columns);
+  const double pairs = rows * (columns - own) + own * (rows + 1) / 2;
   const double keys =
       columns * args.kv_heads * args.head_dim * static_cast<double>(DTypeBytes(args.keys.dtype));
   return {.device_bytes = keys + Product(rows, args.query_heads, args.head_dim) * element_bytes +
@@ -176,24 +182,38 @@ Cost ColumnSumCost(const ColumnSumArgs& args, double element_bytes) {
           .operations = 2 * pairs * args.query_heads * args.head_dim};
 }
 
-Cost PruneHeavyCost(const PruneHeavyArgs& args) {
+Cost PruneHeavyCost(const PruneHeavyArgs& args, bool host_view) {
   const int64_t kept = int64_t{args.heavy} + args.recent;
   if (args.tokens <= kept) return {};
-  const double scan = Product(args.tokens, args.kv_heads) * kScoreBytes;
-  const double moved = static_cast<double>(kept) * args.kv_heads *
-                       (RowBytes(args.view, args.head_dim) + kScoreBytes + kIndexBytes);
-  return {.device_bytes = scan + 2 * moved};
+  const double scan =
+      args.score.data == nullptr ? 0 : Product(args.tokens, args.kv_heads) * kScoreBytes;
+  const double entries = static_cast<double>(kept) * args.kv_heads;
+  const double rows = entries * RowBytes(args.view, args.head_dim);
+  const double numbers = entries * (kScoreBytes + kIndexBytes);
+  return {.device_bytes = scan + 2 * (numbers + (host_view ? 0 : rows)),
+          .link_bytes = host_view ? rows : 0};
 }
 
 Cost EvictHeavyCost(const EvictHeavyArgs& args, int64_t entries, int64_t active_rows,
-                    double element_bytes) {
+                    int64_t full_rows, double element_bytes, bool host_view) {
   const double group = static_cast<double>(args.query_heads) / args.kv_heads;
-  const double scores = static_cast<double>(entries) * kScoreBytes * (2 + group);
-  // At most one row is copied and one written for each head.
-  const double rows = static_cast<double>(active_rows) * args.kv_heads;
-  const double moved = rows * (3 * RowBytes(args.view, args.head_dim) +
-                               RowElements(args.view, args.head_dim) * element_bytes);
-  return {.device_bytes = scores + moved, .operations = static_cast<double>(entries) * (group + 1)};
+  const double scores =
+      args.score.data == nullptr ? 0 : static_cast<double>(entries) * kScoreBytes * (2 + group);
+  // One row is written for each head, and at most one copied where the budget is full.
+  const double written = static_cast<double>(active_rows) * args.kv_heads;
+  const double copied =
+      args.score.data == nullptr ? 0 : static_cast<double>(full_rows) * args.kv_heads;
+  const double row_bytes = RowBytes(args.view, args.head_dim);
+  const double read = written * RowElements(args.view, args.head_dim) * element_bytes;
+  const double moved = host_view ? 0 : (written + 2 * copied) * row_bytes;
+  return {.device_bytes = scores + read + moved,
+          .link_bytes = host_view ? (written + copied) * row_bytes : 0,
+          .operations = static_cast<double>(entries) * (group + 1)};
+}
+
+Cost RepeatHeadsCost(const RepeatHeadsArgs& args, double element_bytes) {
+  return {.device_bytes =
+              Product(args.rows, args.heads, args.head_dim) * (1 + args.repeat) * element_bytes};
 }
 
 Cost ProjectHeadsCost(const ProjectHeadsArgs& args, double element_bytes) {
@@ -202,6 +222,13 @@ Cost ProjectHeadsCost(const ProjectHeadsArgs& args, double element_bytes) {
       static_cast<double>(args.heads / args.group) * Product(args.in_dim, args.out_dim);
   return {.device_bytes = (vectors * (args.in_dim + args.out_dim) + matrices) * element_bytes,
           .operations = 2 * vectors * Product(args.in_dim, args.out_dim)};
+}
+
+Cost RankColumnsCost(const RankColumnsArgs& args, double element_bytes) {
+  const double vectors = Product(args.rows, args.query_heads + args.kv_heads);
+  const double matrices = Product(args.kv_heads, args.head_dim, args.head_dim) * sizeof(float);
+  return {.device_bytes = vectors * args.head_dim * element_bytes + matrices,
+          .operations = 2 * vectors * Product(args.head_dim, args.head_dim)};
 }
 
 Cost SpeculateCost(const SpeculateArgs& args, int64_t entries, double element_bytes) {
@@ -216,6 +243,13 @@ Cost SpeculateCost(const SpeculateArgs& args, int64_t entries, double element_by
 
 Cost SelectTopCost(const SelectTopArgs&, int64_t entries) {
   return {.device_bytes = static_cast<double>(entries) * kScoreBytes,
+          .operations = static_cast<double>(entries)};
+}
+
+Cost PlaceTokensCost(const PlaceTokensArgs& args, int64_t entries) {
+  // Position and use of each slot looked at; both of each slot taken, and its number.
+  const double read = static_cast<double>(entries) * 2 * sizeof(int32_t);
+  return {.device_bytes = read + Product(args.rows, args.kv_heads) * 3 * sizeof(int32_t),
           .operations = static_cast<double>(entries)};
 }
 

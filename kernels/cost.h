@@ -60,12 +60,19 @@ Cost DecodeAttentionCost(const DecodeAttentionArgs& args, int64_t entries, doubl
 Cost PrefillAttentionCost(const PrefillAttentionArgs& args, double element_bytes,
                           bool host_history);
 Cost ColumnSumCost(const ColumnSumArgs& args, double element_bytes);
-Cost PruneHeavyCost(const PruneHeavyArgs& args);
+// What is written to a view on the host counts as link bytes, not what is moved inside it.
+Cost PruneHeavyCost(const PruneHeavyArgs& args, bool host_view);
+// `full_rows`: active rows at or over their budget, whose heads each copy at most one row; on the
+// host it counts as copied.
 Cost EvictHeavyCost(const EvictHeavyArgs& args, int64_t entries, int64_t active_rows,
-                    double element_bytes);
+                    int64_t full_rows, double element_bytes, bool host_view);
+Cost RepeatHeadsCost(const RepeatHeadsArgs& args, double element_bytes);
 Cost ProjectHeadsCost(const ProjectHeadsArgs& args, double element_bytes);
+Cost RankColumnsCost(const RankColumnsArgs& args, double element_bytes);
 Cost SpeculateCost(const SpeculateArgs& args, int64_t entries, double element_bytes);
 Cost SelectTopCost(const SelectTopArgs& args, int64_t entries);
+// `entries`: slots among which a victim was looked for.
+Cost PlaceTokensCost(const PlaceTokensArgs& args, int64_t entries);
 
 }  // namespace kvsweep
 

@@ -57,6 +57,7 @@ BackendInfo MakeInfo(const CpuBackendOptions& options, int threads) {
   info.device_memory_bytes =
       options.device_memory_bytes > 0 ? options.device_memory_bytes : PhysicalMemoryBytes();
   info.activation_dtype = DType::kF32;
+  info.weight_dtype = DType::kF32;
   return info;
 }
 
@@ -195,6 +196,11 @@ absl::Status CpuBackend::Wait(Event event) {
 absl::Status CpuBackend::WaitAll() {
   scheduler_.RunAll();
   return TakeError();
+}
+
+double CpuBackend::ElapsedNs(Event from, Event to) const {
+  return options_.modelled.has_value() ? scheduler_.ModelledNs(to) - scheduler_.ModelledNs(from)
+                                       : scheduler_.WallNs(to) - scheduler_.WallNs(from);
 }
 
 int64_t CpuBackend::modelled_ns() const {

@@ -56,6 +56,8 @@ class CpuBackend : public Backend, private cpu::Executor, private cpu::MemoryMap
   void WaitEvent(Event event, Stream stream) override { scheduler_.WaitEvent(event, stream); }
   absl::Status Wait(Event event) override;
   absl::Status WaitAll() override;
+  bool Reached(Event event) override { return scheduler_.Reached(event); }
+  double ElapsedNs(Event from, Event to) const override;
 
   void BeginCapture() override { scheduler_.BeginCapture(); }
   absl::StatusOr<Graph> EndCapture() override { return scheduler_.EndCapture(); }
@@ -71,6 +73,7 @@ class CpuBackend : public Backend, private cpu::Executor, private cpu::MemoryMap
   void Copy(void* target, const void* source, uint64_t bytes, Stream stream) override;
   void Zero(void* target, uint64_t bytes, Stream stream) override;
 
+  void FillNormal(const FillNormalArgs& args, Stream stream) override { Enqueue(args, stream); }
   void Embed(const EmbedArgs& args, Stream stream) override { Enqueue(args, stream); }
   void Norm(const NormArgs& args, Stream stream) override { Enqueue(args, stream); }
   void Gemm(const GemmArgs& args, Stream stream) override { Enqueue(args, stream); }
@@ -88,11 +91,15 @@ class CpuBackend : public Backend, private cpu::Executor, private cpu::MemoryMap
   void ColumnSum(const ColumnSumArgs& args, Stream stream) override { Enqueue(args, stream); }
   void PruneHeavy(const PruneHeavyArgs& args, Stream stream) override { Enqueue(args, stream); }
   void EvictHeavy(const EvictHeavyArgs& args, Stream stream) override { Enqueue(args, stream); }
+  void RepeatHeads(const RepeatHeadsArgs& args, Stream stream) override { Enqueue(args, stream); }
   void ProjectHeads(const ProjectHeadsArgs& args, Stream stream) override { Enqueue(args, stream); }
+  void RankColumns(const RankColumnsArgs& args, Stream stream) override { Enqueue(args, stream); }
   void Speculate(const SpeculateArgs& args, Stream stream) override { Enqueue(args, stream); }
   void SelectTop(const SelectTopArgs& args, Stream stream) override { Enqueue(args, stream); }
+  void PlaceTokens(const PlaceTokensArgs& args, Stream stream) override { Enqueue(args, stream); }
   void GatherRows(const GatherRowsArgs& args, Stream stream) override { Enqueue(args, stream); }
   void CopyTile(const CopyTileArgs& args, Stream stream) override { Enqueue(args, stream); }
+  void CopyBlocks(const CopyBlocksArgs& args, Stream stream) override { Enqueue(args, stream); }
   void AllReduce(const AllReduceArgs& args, Stream stream) override { Enqueue(args, stream); }
 
   // Cost of all operations run so far, link bytes both ways: what they had to move and compute at

@@ -11,10 +11,11 @@ absl::Status Run(const EmbedArgs& args, Context& context) {
     const int64_t named = args.token_id[row];
     const int64_t token = named >= 0 ? named : args.sampled[-1 - named];
     float* const out = Row(args.out, row);
-    std::memcpy(out, args.table + token * columns, columns * sizeof(float));
+    std::memcpy(out, static_cast<const float*>(args.table) + token * columns,
+                columns * sizeof(float));
     if (args.position_table == nullptr) return;
     const int64_t position = args.position[row] + args.position_offset;
-    const float* const added = args.position_table + position * columns;
+    const float* const added = static_cast<const float*>(args.position_table) + position * columns;
     for (int64_t i = 0; i < columns; ++i) out[i] += added[i];
   });
   return absl::OkStatus();

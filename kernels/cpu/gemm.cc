@@ -18,6 +18,11 @@ constexpr int64_t kSliceColumns = 48;
 // Bytes of weights that stay in the second-level cache while all rows pass over them.
 constexpr int64_t kSliceBytes = 192 * 1024;
 
+// The weights of one output column.
+KVSWEEP_INLINE const float* Weight(const GemmArgs& args, int64_t column) {
+  return static_cast<const float*>(args.weight) + column * args.in_columns;
+}
+
 // Writes `columns` elements of a row whose sums come without bias.
 KVSWEEP_INLINE void Finish(const GemmArgs& args, int64_t row, int64_t column, const float* sum,
                            int columns) {
@@ -38,7 +43,7 @@ KVSWEEP_INLINE void Tile(const GemmArgs& args, int64_t row, int64_t column) {
   const float* const in = static_cast<const float*>(args.in.data) + row * args.in.stride;
   const int64_t length = args.in_columns;
   F8 sum[kRows][kColumns];
-  DotLanes<kRows, kColumns>(sum, in, args.in.stride, args.weight + column * length, length, length);
+  DotLanes<kRows, kColumns>(sum, in, args.in.stride, Weight(args, column), length, length);
   float sums[kLanes];
   Store(sums, SumEach(&sum[0][0]));
   for (int r = 0; r < kRows; ++r) Finish(args, row + r, column, sums + r * kColumns, kColumns);
@@ -48,7 +53,7 @@ KVSWEEP_INLINE void Tile(const GemmArgs& args, int64_t row, int64_t column) {
 void Single(const GemmArgs& args, int64_t row, int64_t column) {
   const float* const in = static_cast<const float*>(args.in.data) + row * args.in.stride;
   F8 sum[1][1];
-  DotLanes<1, 1>(sum, in, 0, args.weight + column * args.in_columns, 0, args.in_columns);
+  DotLanes<1, 1>(sum, in, 0, Weight(args, column), 0, args.in_columns);
   const float total = Sum(sum[0][0]);
   Finish(args, row, column, &total, 1);
 }
@@ -81,9 +86,8 @@ void BlasSlice(const GemmArgs& args, int64_t begin, int64_t end) {
   float* const out = static_cast<float*>(args.out.data) + begin;
   const int columns = static_cast<int>(end - begin);
   cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, args.rows, columns, args.in_columns, 1.0f,
-              in, static_cast<int>(args.in.stride), args.weight + begin * args.in_columns,
-              args.in_columns, args.accumulate ? 1.0f : 0.0f, out,
-              static_cast<int>(args.out.stride));
+              in, static_cast<int>(args.in.stride), Weight(args, begin), args.in_columns,
+              args.accumulate ? 1.0f : 0.0f, out, static_cast<int>(args.out.stride));
   if (args.bias == nullptr && !args.relu) return;
   for (int32_t row = 0; row < args.rows; ++row) {
     float* const line = out + row * args.out.stride;

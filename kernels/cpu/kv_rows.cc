@@ -1,5 +1,6 @@
 #include "kernels/cpu/kv_rows.h"
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -58,6 +59,13 @@ uint16_t ToF16(float value) {
 
 #endif
 
+// What each byte of fp8_e4m3 stands for.
+constexpr std::array<float, 256> kFp8Value = [] {
+  std::array<float, 256> values{};
+  for (int byte = 0; byte < 256; ++byte) values[byte] = WidenFp8E4m3(static_cast<uint8_t>(byte));
+  return values;
+}();
+
 // `rows` slots of one block, of one head.
 void LoadRun(float* out, const std::byte* pool, const KvView& view, int64_t offset, int rows,
              int head_dim) {
@@ -111,6 +119,11 @@ void LoadElements(float* out, const std::byte* pool, DType dtype, int64_t offset
     std::memcpy(out, pool + offset * 4, count * sizeof(float));
     return;
   }
+  if (dtype == DType::kFp8E4m3) {
+    const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(pool) + offset;
+    for (int i = 0; i < count; ++i) out[i] = kFp8Value[bytes[i]];
+    return;
+  }
   const uint16_t* const from = reinterpret_cast<const uint16_t*>(pool) + offset;
   if (dtype == DType::kBf16) {
     for (int i = 0; i < count; ++i) out[i] = FromBf16(from[i]);
@@ -131,6 +144,11 @@ void StoreElements(std::byte* pool, DType dtype, int64_t offset, const float* in
     std::memcpy(pool + offset * 4, in, count * sizeof(float));
     return;
   }
+  if (dtype == DType::kFp8E4m3) {
+    uint8_t* const bytes = reinterpret_cast<uint8_t*>(pool) + offset;
+    for (int i = 0; i < count; ++i) bytes[i] = NarrowFp8E4m3(in[i]);
+    return;
+  }
   uint16_t* const to = reinterpret_cast<uint16_t*>(pool) + offset;
   if (dtype == DType::kBf16) {
     for (int i = 0; i < count; ++i) to[i] = ToBf16(in[i]);
@@ -144,8 +162,37 @@ void RoundElements(float* out, const float* in, DType dtype, int count) {
     std::memcpy(out, in, count * sizeof(float));
   } else if (dtype == DType::kBf16) {
     for (int i = 0; i < count; ++i) out[i] = FromBf16(ToBf16(in[i]));
+  } else if (dtype == DType::kFp8E4m3) {
+    for (int i = 0; i < count; ++i) out[i] = kFp8Value[NarrowFp8E4m3(in[i])];
   } else {
     for (int i = 0; i < count; ++i) out[i] = FromF16(ToF16(in[i]));
+  }
+}
+
+// As Run(RotaryArgs) turns a row.
+void KeyRange::Rotate(float* key, int64_t first, int tokens, int head_dim) const {
+  const SlotView& rank = rotation->rank;
+  const int half = head_dim / 2;
+  for (int i = 0; i < tokens; ++i) {
+    const int64_t slot = first + i;
+    int64_t place = own_position + slot - stored;
+    if (slot < stored) {
+      place = view->first_token + slot;
+      if (rank.data != nullptr) {
+        place = static_cast<const int32_t*>(rank.data)[SlotOffset(rank, row, place, head)];
+      }
+    }
+    float* const low = key + int64_t{i} * head_dim;
+    float* const high = low + half;
+    for (int j = 0; j < half; ++j) {
+      const float angle = static_cast<float>(place) * rotation->inverse_frequency[j];
+      const float cosine = std::cos(angle);
+      const float sine = std::sin(angle);
+      const float x = low[j];
+      const float y = high[j];
+      low[j] = x * cosine - y * sine;
+      high[j] = y * cosine + x * sine;
+    }
   }
 }
 
@@ -169,6 +216,9 @@ void KeyRange::Load(float* key, float* value, int64_t first, int tokens, int hea
     if (value == nullptr) continue;
     RoundElements(value + done * head_dim, own_value + own * own_value_stride, view->dtype,
                   head_dim);
+  }
+  if (rotation != nullptr && rotation->inverse_frequency != nullptr) {
+    Rotate(key, first, tokens, head_dim);
   }
   for (; done % 8 != 0; ++done) {
     std::memset(key + done * head_dim, 0, head_dim * sizeof(float));

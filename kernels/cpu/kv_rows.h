@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
+#include "kernels/arguments.h"
 #include "kernels/shapes.h"
 
 namespace kvsweep::cpu {
@@ -76,10 +77,15 @@ struct KeyRange {
   const float* own_value = nullptr;
   int64_t own_key_stride = 0;
   int64_t own_value_stride = 0;
+  const KeyRotation* rotation = nullptr;
+  int64_t own_position = 0;  // of the first own row; read where the rotation turns keys
 
   // key and value [tokens, head_dim] = slots first .. first + tokens - 1; value may be nullptr.
   // Rows up to the next multiple of 8 are zeroed.
   void Load(float* key, float* value, int64_t first, int tokens, int head_dim) const;
+
+ private:
+  void Rotate(float* key, int64_t first, int tokens, int head_dim) const;
 };
 
 }  // namespace kvsweep::cpu

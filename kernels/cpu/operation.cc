@@ -10,11 +10,25 @@ namespace kvsweep::cpu {
 namespace {
 
 constexpr std::array<absl::string_view, std::variant_size_v<Operation>> kNames = {
-    "Copy",      "Zero",       "Embed",           "Norm",
-    "Gemm",      "SiluGate",   "Rotary",          "TakeRows",
-    "Argmax",    "Append",     "DecodeAttention", "PrefillAttention",
-    "ColumnSum", "PruneHeavy", "EvictHeavy",      "ProjectHeads",
-    "Speculate", "SelectTop",  "GatherRows",      "CopyTile",
+    "Copy",
+    "Zero",
+    "FillNormal",
+    "Embed",
+    "Norm",
+    "Gemm",
+    "SiluGate",
+    "Rotary",
+    "TakeRows",
+    "Argmax",
+    "Append",
+    "DecodeAttention",
+    "PrefillAttention",
+    "ColumnSum",
+    "PruneHeavy",
+    "EvictHeavy",
+    "RepeatHeads",
+    "ProjectHeads", "RankColumns", "Speculate", "SelectTop", "PlaceTokens", "GatherRows",
+    "CopyTile", "CopyBlocks",
     "AllReduce"};
 
 // ------------------------------------------------------------------------------------- arguments
@@ -37,6 +51,12 @@ void CheckSlotView(const SlotView& view) {
   KVSWEEP_CHECK_GT(view.block_size, 0);
 }
 
+void CheckRotation(const KeyRotation& rotation, int32_t head_dim) {
+  if (rotation.inverse_frequency == nullptr) return;
+  KVSWEEP_CHECK_EQ(head_dim % 2, 0);
+  if (rotation.rank.data != nullptr) CheckSlotView(rotation.rank);
+}
+
 void CheckHeads(int32_t query_heads, int32_t kv_heads) {
   KVSWEEP_CHECK_GT(kv_heads, 0);
   KVSWEEP_CHECK_GT(query_heads, 0);
@@ -55,6 +75,10 @@ void Check(const CopyArgs& args) {
   KVSWEEP_CHECK(args.bytes == 0 || (args.target != nullptr && args.source != nullptr));
 }
 void Check(const ZeroArgs& args) { KVSWEEP_CHECK(args.bytes == 0 || args.target != nullptr); }
+void Check(const FillNormalArgs& args) {
+  KVSWEEP_CHECK_GE(args.count, 0);
+  KVSWEEP_CHECK(args.count == 0 || args.out != nullptr);
+}
 void Check(const EmbedArgs& args) {
   CheckActivations(args.out, args.rows, args.columns);
   KVSWEEP_CHECK(args.table != nullptr);
@@ -78,7 +102,7 @@ void Check(const SiluGateArgs& args) {
 void Check(const RotaryArgs& args) {
   CheckActivations(args.data, args.rows, int64_t{args.heads} * args.head_dim);
   KVSWEEP_CHECK_EQ(args.head_dim % 2, 0);
-  KVSWEEP_CHECK(args.rows == 0 || args.position != nullptr);
+  KVSWEEP_CHECK(args.rows == 0 || (args.position != nullptr && args.inverse_frequency != nullptr));
 }
 void Check(const TakeRowsArgs& args) {
   CheckActivations(args.out, args.rows, args.columns);
@@ -101,7 +125,7 @@ void Check(const DecodeAttentionArgs& args) {
   CheckActivations(args.query, args.rows, int64_t{args.query_heads} * args.head_dim);
   CheckView(args.view);
   KVSWEEP_CHECK(args.view.value != nullptr);
-  KVSWEEP_CHECK(args.probability == nullptr || args.out.data != nullptr);
+  CheckRotation(args.rotation, args.head_dim);
   KVSWEEP_CHECK((args.current_key.data == nullptr) == (args.current_value.data == nullptr));
   KVSWEEP_CHECK(args.plan.splits <= 1 || args.plan.split_tokens > 0);
 }
@@ -111,6 +135,7 @@ void Check(const PrefillAttentionArgs& args) {
   CheckActivations(args.query, args.rows, int64_t{args.query_heads} * args.head_dim);
   KVSWEEP_CHECK((args.chunk_key.data == nullptr) == (args.chunk_value.data == nullptr));
   KVSWEEP_CHECK_GE(args.history_tokens, 0);
+  CheckRotation(args.rotation, args.head_dim);
   if (args.history_tokens > 0) CheckView(args.history);
   KVSWEEP_CHECK(args.history_tokens == 0 || args.history.value != nullptr);
   KVSWEEP_CHECK(args.log_sum_exp == nullptr || args.out.data != nullptr);
@@ -121,29 +146,51 @@ void Check(const ColumnSumArgs& args) {
   CheckView(args.keys);
   CheckActivations(args.query, args.rows, int64_t{args.query_heads} * args.head_dim);
   KVSWEEP_CHECK(args.rows == 0 || args.log_sum_exp != nullptr);
-  KVSWEEP_CHECK_EQ(args.history_tokens % kColumnSumRows, 0);
+  KVSWEEP_CHECK_GE(args.history_tokens, 0);
+  CheckRotation(args.rotation, args.head_dim);
 }
 void Check(const PruneHeavyArgs& args) {
   CheckView(args.view);
-  CheckSlotView(args.score);
-  CheckSlotView(args.position);
-  KVSWEEP_CHECK(args.heavy >= 0 && args.recent >= 0);
+  if (args.score.data != nullptr) CheckSlotView(args.score);
+  if (args.position.data != nullptr) CheckSlotView(args.position);
+  if (args.rank.data != nullptr) CheckSlotView(args.rank);
+  KVSWEEP_CHECK(!args.scoring.mean || args.position.data != nullptr);
+  KVSWEEP_CHECK(args.heavy >= 0 && args.recent >= 0 && args.sinks >= 0);
+  KVSWEEP_CHECK(args.placed >= 0 && args.placed <= args.tokens);
 }
 void Check(const EvictHeavyArgs& args) {
   CheckHeads(args.query_heads, args.kv_heads);
   CheckView(args.view);
-  CheckSlotView(args.score);
-  CheckSlotView(args.slot_position);
-  KVSWEEP_CHECK(args.rows == 0 || (args.probability != nullptr && args.position != nullptr &&
-                                   args.heavy != nullptr && args.recent != nullptr));
+  if (args.score.data != nullptr) {
+    CheckSlotView(args.score);
+    CheckSlotView(args.slot_position);
+    KVSWEEP_CHECK(args.rows == 0 || args.probability != nullptr);
+  }
+  if (args.rank.data != nullptr) CheckSlotView(args.rank);
+  KVSWEEP_CHECK_GE(args.sinks, 0);
+  KVSWEEP_CHECK(args.rows == 0 ||
+                (args.position != nullptr && args.heavy != nullptr && args.recent != nullptr));
   CheckActivations(args.key, args.rows, int64_t{args.kv_heads} * args.head_dim);
   CheckActivations(args.value, args.rows, int64_t{args.kv_heads} * args.head_dim);
+}
+void Check(const RepeatHeadsArgs& args) {
+  KVSWEEP_CHECK_GT(args.repeat, 0);
+  CheckActivations(args.out, args.rows, int64_t{args.heads} * args.repeat * args.head_dim);
+  CheckActivations(args.in, args.rows, int64_t{args.heads} * args.head_dim);
 }
 void Check(const ProjectHeadsArgs& args) {
   CheckActivations(args.out, args.rows, int64_t{args.heads} * args.out_dim);
   CheckActivations(args.in, args.rows, int64_t{args.heads} * args.in_dim);
   KVSWEEP_CHECK(args.matrix != nullptr);
   KVSWEEP_CHECK_EQ(args.heads % args.group, 0);
+  KVSWEEP_CHECK(args.column == nullptr || (args.column_set != nullptr && args.out_dim <= args.in_dim));
+}
+void Check(const RankColumnsArgs& args) {
+  CheckHeads(args.query_heads, args.kv_heads);
+  CheckActivations(args.query, args.rows, int64_t{args.query_heads} * args.head_dim);
+  CheckActivations(args.key, args.rows, int64_t{args.kv_heads} * args.head_dim);
+  KVSWEEP_CHECK(args.column != nullptr && args.matrix != nullptr);
+  KVSWEEP_CHECK_LE(args.partial_dim, args.head_dim);
 }
 void Check(const SpeculateArgs& args) {
   CheckHeads(args.query_heads, args.kv_heads);
@@ -156,6 +203,16 @@ void Check(const SelectTopArgs& args) {
   KVSWEEP_CHECK(args.rows == 0 ||
                 (args.selected != nullptr && args.index != nullptr && args.margin != nullptr &&
                  args.count != nullptr && args.length != nullptr && args.limit != nullptr));
+  KVSWEEP_CHECK_EQ(args.use.data != nullptr, args.use_rule != SlotUse::kNone);
+  KVSWEEP_CHECK(args.use_rule != SlotUse::kStamp || args.stamp != nullptr);
+}
+void Check(const PlaceTokensArgs& args) {
+  CheckSlotView(args.slot_position);
+  KVSWEEP_CHECK(args.rows == 0 || (args.slot != nullptr && args.table_row != nullptr &&
+                                   args.position != nullptr && args.planned != nullptr));
+  KVSWEEP_CHECK_EQ(args.use.data != nullptr, args.use_rule != SlotUse::kNone);
+  KVSWEEP_CHECK(args.decided_rows == 0 || args.capacity != nullptr);
+  KVSWEEP_CHECK_LE(args.decided_rows, args.rows);
 }
 void CheckCopied(const KvView& target, const KvView& source) {
   CheckView(target);
@@ -170,6 +227,12 @@ void Check(const GatherRowsArgs& args) {
 void Check(const CopyTileArgs& args) {
   CheckCopied(args.target, args.source);
   KVSWEEP_CHECK(args.first_token >= 0 && args.tokens >= 0);
+}
+void Check(const CopyBlocksArgs& args) {
+  KVSWEEP_CHECK_GE(args.count, 0);
+  KVSWEEP_CHECK(args.count == 0 ||
+                (args.target != nullptr && args.source != nullptr && args.pair != nullptr));
+  KVSWEEP_CHECK_GT(args.block_bytes, 0);
 }
 void Check(const AllReduceArgs& args) { CheckActivations(args.data, args.rows, args.columns); }
 
@@ -203,6 +266,9 @@ struct CostReader {
     return {CopyCost(args.bytes, from_host, to_host), to_host};
   }
   OperationCost operator()(const ZeroArgs& args) const { return {ZeroCost(args.bytes)}; }
+  OperationCost operator()(const FillNormalArgs& args) const {
+    return {ZeroCost(static_cast<uint64_t>(args.count * DTypeBytes(args.dtype)))};
+  }
   OperationCost operator()(const EmbedArgs& args) const { return {EmbedCost(args, element_bytes)}; }
   OperationCost operator()(const NormArgs& args) const { return {NormCost(args, element_bytes)}; }
   OperationCost operator()(const GemmArgs& args) const { return {GemmCost(args, element_bytes)}; }
@@ -234,13 +300,39 @@ struct CostReader {
   OperationCost operator()(const ColumnSumArgs& args) const {
     return {ColumnSumCost(args, element_bytes)};
   }
-  OperationCost operator()(const PruneHeavyArgs& args) const { return {PruneHeavyCost(args)}; }
+  OperationCost operator()(const PruneHeavyArgs& args) const {
+    const bool on_host = OnHost(args.view.key);
+    return {PruneHeavyCost(args, on_host), on_host};
+  }
   OperationCost operator()(const EvictHeavyArgs& args) const {
+    const bool on_host = OnHost(args.view.key);
+    int64_t full_rows = 0;
+    for (int32_t row = 0; row < args.rows; ++row) {
+      full_rows += IsActive(args.row_active, row) &&
+                   args.position[row] >= args.heavy[row] + args.recent[row];
+    }
     return {EvictHeavyCost(args, Entries(args.view, args.row_active, args.rows, args.kv_heads),
-                           ActiveRows(args.row_active, args.rows), element_bytes)};
+                           ActiveRows(args.row_active, args.rows), full_rows, element_bytes,
+                           on_host),
+            on_host};
+  }
+  OperationCost operator()(const RepeatHeadsArgs& args) const {
+    return {RepeatHeadsCost(args, element_bytes)};
   }
   OperationCost operator()(const ProjectHeadsArgs& args) const {
     return {ProjectHeadsCost(args, element_bytes)};
+  }
+  OperationCost operator()(const RankColumnsArgs& args) const {
+    return {RankColumnsCost(args, element_bytes)};
+  }
+  OperationCost operator()(const PlaceTokensArgs& args) const {
+    int64_t entries = 0;
+    for (int32_t row = 0; row < args.decided_rows; ++row) {
+      if (args.table_row[row] >= 0 && args.position[row] >= args.capacity[row]) {
+        entries += int64_t{args.capacity[row]} * args.kv_heads;
+      }
+    }
+    return {PlaceTokensCost(args, entries)};
   }
   OperationCost operator()(const SpeculateArgs& args) const {
     return {SpeculateCost(
@@ -256,7 +348,10 @@ struct CostReader {
   OperationCost operator()(const GatherRowsArgs& args) const {
     int64_t entries = 0;
     for (int32_t row = 0; row < args.rows; ++row) {
-      if (IsActive(args.row_active, row)) entries += int64_t{args.selected[row]} * args.kv_heads;
+      if (!IsActive(args.row_active, row)) continue;
+      for (int32_t head = 0; head < args.kv_heads; ++head) {
+        entries += args.selected[row * args.kv_heads + head];
+      }
     }
     return MoveRows(args.target, args.source, entries, args.head_dim);
   }
@@ -272,6 +367,11 @@ struct CostReader {
       entries = Entries(tile, args.row_active, args.rows, args.kv_heads);
     }
     return MoveRows(args.target, args.source, entries, args.head_dim);
+  }
+  OperationCost operator()(const CopyBlocksArgs& args) const {
+    const bool to_host = OnHost(args.target);
+    return {CopyCost(static_cast<uint64_t>(args.count * args.block_bytes), OnHost(args.source), to_host),
+            to_host};
   }
   OperationCost operator()(const AllReduceArgs&) const { return {}; }
 

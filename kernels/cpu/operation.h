@@ -13,11 +13,10 @@
 
 namespace kvsweep::cpu {
 
-using Operation =
-    std::variant<CopyArgs, ZeroArgs, EmbedArgs, NormArgs, GemmArgs, SiluGateArgs, RotaryArgs,
-                 TakeRowsArgs, ArgmaxArgs, AppendArgs, DecodeAttentionArgs, PrefillAttentionArgs,
-                 ColumnSumArgs, PruneHeavyArgs, EvictHeavyArgs, ProjectHeadsArgs, SpeculateArgs,
-                 SelectTopArgs, GatherRowsArgs, CopyTileArgs, AllReduceArgs>;
+using Operation = std::variant<CopyArgs, ZeroArgs, FillNormalArgs, EmbedArgs, NormArgs, GemmArgs,
+                               SiluGateArgs, RotaryArgs, TakeRowsArgs, ArgmaxArgs, AppendArgs,
+                               DecodeAttentionArgs, PrefillAttentionArgs, ColumnSumArgs,
+                               PruneHeavyArgs, EvictHeavyArgs, RepeatHeadsArgs, ProjectHeadsArgs, RankColumnsArgs, SpeculateArgs, SelectTopArgs, PlaceTokensArgs, GatherRowsArgs, CopyTileArgs, CopyBlocksArgs, AllReduceArgs>;
 static_assert(std::is_trivially_copyable_v<Operation>);
 
 // The name of the backend's function, for errors.

@@ -29,6 +29,7 @@ struct ZeroArgs {
 
 absl::Status Run(const CopyArgs& args, Context& context);
 absl::Status Run(const ZeroArgs& args, Context& context);
+absl::Status Run(const FillNormalArgs& args, Context& context);
 absl::Status Run(const EmbedArgs& args, Context& context);
 absl::Status Run(const NormArgs& args, Context& context);
 absl::Status Run(const GemmArgs& args, Context& context);
@@ -42,11 +43,15 @@ absl::Status Run(const PrefillAttentionArgs& args, Context& context);
 absl::Status Run(const ColumnSumArgs& args, Context& context);
 absl::Status Run(const PruneHeavyArgs& args, Context& context);
 absl::Status Run(const EvictHeavyArgs& args, Context& context);
+absl::Status Run(const RepeatHeadsArgs& args, Context& context);
 absl::Status Run(const ProjectHeadsArgs& args, Context& context);
+absl::Status Run(const RankColumnsArgs& args, Context& context);
 absl::Status Run(const SpeculateArgs& args, Context& context);
 absl::Status Run(const SelectTopArgs& args, Context& context);
+absl::Status Run(const PlaceTokensArgs& args, Context& context);
 absl::Status Run(const GatherRowsArgs& args, Context& context);
 absl::Status Run(const CopyTileArgs& args, Context& context);
+absl::Status Run(const CopyBlocksArgs& args, Context& context);
 absl::Status Run(const AllReduceArgs& args, Context& context);
 
 // How many BLAS threads exist beside the pool: none. Called once for each backend; the library

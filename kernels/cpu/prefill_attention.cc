@@ -42,7 +42,9 @@ struct Prefill {
     KeyRange keys{.view = &args.history,
                   .row = args.history_row,
                   .head = block.kv_head,
-                  .stored = args.history_tokens};
+                  .stored = args.history_tokens,
+                  .rotation = &args.rotation,
+                  .own_position = int64_t{args.history.first_token} + args.history_tokens};
     if (causal) {
       keys.own_key = Row(args.chunk_key, 0) + column;
       keys.own_value = Row(args.chunk_value, 0) + column;

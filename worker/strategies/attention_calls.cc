@@ -18,10 +18,10 @@ void RotateQueriesAndKeys(const StrategyContext& context, const StepView& step,
   if (!context.shape.rotary) return;
   context.backend->Rotary({.data = inputs.query,
                            .position = step.position,
+                           .inverse_frequency = context.shape.inverse_frequency,
                            .rows = step.rows,
                            .heads = context.shape.query_heads + context.shape.kv_heads,
-                           .head_dim = context.shape.head_dim,
-                           .theta = context.shape.rope_theta},
+                           .head_dim = context.shape.head_dim},
                           Stream::kCompute);
 }
 
@@ -71,13 +71,14 @@ absl::StatusOr<std::byte*> AllocateFor(const StrategyContext& context, Tier tier
 }
 
 absl::StatusOr<int32_t> PagesInBudget(uint64_t budget_bytes, uint64_t fixed_bytes,
-                                      uint64_t page_bytes, absl::string_view arm) {
+                                      uint64_t page_bytes, absl::string_view arm,
+                                      absl::string_view field) {
   if (budget_bytes < fixed_bytes + page_bytes) {
     return absl::ResourceExhaustedError(
-        absl::StrCat("kv.device_bytes: ", arm, " takes ", fixed_bytes,
+        absl::StrCat(field, ": ", arm, " takes ", fixed_bytes,
                      " bytes of fixed structures and at least one page of ", page_bytes, ", asked ",
                      fixed_bytes + page_bytes, ", available ", budget_bytes,
-                     "; raise kv.device_bytes or lower engine.max_num_seqs"));
+                     "; raise ", field, " or lower engine.max_num_seqs"));
   }
   const uint64_t pages = (budget_bytes - fixed_bytes) / page_bytes;
   return static_cast<int32_t>(std::min<uint64_t>(pages, std::numeric_limits<int32_t>::max() / 2));

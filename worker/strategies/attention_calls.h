@@ -36,10 +36,11 @@ AttentionPlan PlanDecode(const StrategyContext& context, const StepView& step);
 absl::StatusOr<std::byte*> AllocateFor(const StrategyContext& context, Tier tier, uint64_t bytes,
                                        absl::string_view what);
 
-// Pages that fit a budget after fixed bytes; ResourceExhausted with both figures when the fixed
-// bytes alone exceed it or not even one page is left.
+// Pages that fit a budget, named by its field, after fixed bytes; ResourceExhausted with both
+// figures when the fixed bytes alone exceed it or not even one page is left.
 absl::StatusOr<int32_t> PagesInBudget(uint64_t budget_bytes, uint64_t fixed_bytes,
-                                      uint64_t page_bytes, absl::string_view arm);
+                                      uint64_t page_bytes, absl::string_view arm,
+                                      absl::string_view field = "kv.device_bytes");
 
 }  // namespace kvsweep
 

@@ -62,6 +62,7 @@ inline Arm H2oArm(double heavy, double recent, BudgetBase base, uint32_t budget_
   h2o->set_recent_ratio(recent);
   h2o->set_budget_base(base);
   h2o->set_budget_tokens(budget_tokens);
+  h2o->set_preemption(H2o::PREEMPTION_NONE);
   return arm;
 }
 
