@@ -52,14 +52,14 @@ class ServeTest : public testing::Test {
 
   Served Serve(const Arm& arm, const EngineOptions& engine_options,
                const std::vector<ServeRequest>& requests, ServeOptions options = {},
-               bool open_loop = true, size_t sink_rows = 1'000'000) {
+               bool open_loop = true, size_t sink_rows = 1'000'000, size_t samples = 1) {
     const std::unique_ptr<InferenceEngine> engine = stories_.MakeEngine(arm, engine_options);
     SimulatedClock clock;
     options.clock = options.modelled = &clock;
     const ServeSchedule schedule{.requests = requests,
                                  .copy_prompt =
-                                     [this](size_t index, std::span<int32_t> prompt) {
-                                       const size_t row = index % 64 * 512;
+                                     [this, samples](size_t index, std::span<int32_t> prompt) {
+                                       const size_t row = index / samples % 64 * 512;
                                        std::copy_n(
                                            samples_.begin() + static_cast<std::ptrdiff_t>(row),
                                            prompt.size(), prompt.begin());
@@ -360,6 +360,40 @@ TEST_F(ServeTest, TheTimeLimitLeavesUnfinishedRows) {
     if (row.status() == RequestRow::STATUS_UNFINISHED) {
       EXPECT_EQ(row.finished_ns(), 0);
     }
+  }
+}
+
+// Every sample has a row, comes with the first and differs from it; forked or on its own, it says
+// the same.
+TEST_F(ServeTest, SamplesOfAPromptAreRowsOfTheirOwn) {
+  std::vector<ServeRequest> requests;
+  for (const ServeRequest& request : Requests(5, kNsPerMs, 12)) {
+    for (uint32_t sample = 0; sample < 3; ++sample) {
+      requests.push_back(request);
+      requests.back().sample = sample;
+    }
+  }
+  Arm reserved = PagedArm();
+  reserved.mutable_paged()->set_reservation(Paged::RESERVATION_ORACLE);
+  std::map<uint32_t, uint64_t> digests;
+  int64_t prefill_tokens = 0;
+  for (const Arm& arm : {reserved, PagedArm()}) {
+    const Served served = Serve(arm, Options(4 * kMiB), requests, {}, true, 1'000'000, 3);
+    ASSERT_EQ(served.result.completed, 15);
+    std::map<uint32_t, RequestRow> rows;
+    for (const RequestRow& row : served.rows) rows[row.index()] = row;
+    for (const auto& [index, row] : rows) {
+      EXPECT_EQ(row.scheduled_ns(), rows.at(index / 3 * 3).scheduled_ns());
+      EXPECT_GE(row.admitted_ns(), row.issued_ns());
+      EXPECT_GT(row.first_token_ns(), 0);
+      if (index % 3 > 0) {
+        EXPECT_NE(row.output_digest(), rows.at(index - 1).output_digest());
+      }
+      const auto [first, inserted] = digests.emplace(index, row.output_digest());
+      EXPECT_EQ(row.output_digest(), first->second) << "request " << index;
+    }
+    EXPECT_TRUE(prefill_tokens == 0 || 3 * served.result.prefill_tokens == prefill_tokens);
+    prefill_tokens = served.result.prefill_tokens;
   }
 }
 
