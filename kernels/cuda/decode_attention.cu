@@ -20,6 +20,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTile = 16;  // tokens that a warp loads and multiplies at once
+constexpr int kMostSplits = 512;
 constexpr int kHeads = 8;  // query heads of a group that one block takes
 // Workspace of an attention whose rows are split.
 struct Splits {
@@ -102,26 +103,58 @@ __device__ __forceinline__ void Normalise(float* line, const Part& part, Softmax
   }
 }
 
-// Joins the splits of one head; element i of the result is returned, not divided.
-__device__ __forceinline__ float JoinSplits(const Splits& splits, int64_t first, int32_t stride,
-                                            int32_t used, int32_t head_dim, int32_t i,
-                                            Softmax& softmax) {
-  float highest = -INFINITY;
-  for (int32_t s = 0; s < used; ++s) {
-    highest = fmaxf(highest, __ldcg(splits.maximum + first + s * stride));
+// Joins the splits of `group` heads, in order: join(q, i, values, softmax) is called for every four
+// elements i .. i + 3 of every head q with the sums not divided. `share` [g, splits] is scratch.
+template <typename Join>
+__device__ __forceinline__ void JoinSplits(const Splits& splits, const Part& part,
+                                           int32_t all_splits, int32_t group, int32_t head_dim,
+                                           float* share, Softmax* softmax, const Join& join) {
+  const int64_t first = int64_t{part.pair} * all_splits * group;
+  const int lane = threadIdx.x % 32;
+  for (int q = threadIdx.x / 32; q < group; q += kWarps) {
+    float highest = -INFINITY;
+    for (int s = lane; s < part.used; s += 32) {
+      highest = fmaxf(highest, __ldcg(splits.maximum + first + s * group + q));
+    }
+    highest = WarpMax(highest);
+    float sum = 0.0f;
+    for (int s = lane; s < part.used; s += 32) {
+      const float part_sum = __ldcg(splits.sum + first + s * group + q);
+      const float factor =
+          part_sum == 0.0f ? 0.0f : exp2f(__ldcg(splits.maximum + first + s * group + q) - highest);
+      share[q * all_splits + s] = factor;
+      sum += part_sum * factor;
+    }
+    sum = WarpSum(sum);
+    if (lane == 0) softmax[q] = {highest, sum};
   }
-  float value = 0.0f;
-  float sum = 0.0f;
+  __syncthreads();
+  // A head dimension that four does not divide goes element by element.
+  const int width = head_dim % 4 == 0 ? 4 : 1;
+  const int pieces = head_dim / width;
+  for (int e = threadIdx.x; e < group * pieces; e += kThreads) {
+    const int q = e / pieces;
+    const int i = e % pieces * width;
+    const float* const from = splits.output + (first + q) * head_dim + i;
+    const int64_t stride = int64_t{group} * head_dim;
+    float4 value = {};
+    if (width == 4) {
 #pragma unroll 8
-  for (int32_t s = 0; s < used; ++s) {
-    const int64_t at = first + int64_t{s} * stride;
-    const float part_sum = __ldcg(splits.sum + at);
-    const float share = part_sum == 0.0f ? 0.0f : exp2f(__ldcg(splits.maximum + at) - highest);
-    sum += part_sum * share;
-    value += __ldcg(splits.output + at * head_dim + i) * share;
+      for (int s = 0; s < part.used; ++s) {
+        const float4 piece = __ldcg(reinterpret_cast<const float4*>(from + s * stride));
+        const float factor = share[q * all_splits + s];
+        value.x += piece.x * factor;
+        value.y += piece.y * factor;
+        value.z += piece.z * factor;
+        value.w += piece.w * factor;
+      }
+    } else {
+      for (int s = 0; s < part.used; ++s) {
+        value.x += __ldcg(from + s * stride) * share[q * all_splits + s];
+      }
+    }
+    join(q, i, value, width);
   }
-  softmax = {highest, sum};
-  return value;
 }
 
 // Where the 16 tokens of a tile lie: found one tile ahead, since the table is in memory too.
@@ -206,7 +239,7 @@ struct TileLoader {
 
 // [rows, Hq, d] x [n, Hk, d] -> scores [g, 16] a tile -> output [g, d] a warp -> a block -> a row.
 template <typename T, int D>
-constexpr int kStages = D <= 64 ? 6 : 3;
+constexpr int kStages = D <= 64 ? 4 : 2;
 template <typename T, int D>
 constexpr int kSharedBytes = kWarps* kStages<T, D> * 2 * kTile*(D + kRowPadding) *
                              static_cast<int>(sizeof(T));
@@ -382,14 +415,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (part.used > 1) {
     if (!ArrivesLast(splits, part)) return;
-    const int64_t first = int64_t{part.pair} * args.plan.splits * group;
-    for (int e = threadIdx.x; e < group * D; e += kThreads) {
-      const int q = e / D;
-      Softmax softmax;
-      const float value = JoinSplits(splits, first + q, group, part.used, D, e % D, softmax);
-      softmax = result.Write(part.row, part.head * group + q, e % D, value, softmax);
-      if (e % D == 0) joined[q] = softmax;
-    }
+    float* const share = reinterpret_cast<float*>(shared);
+    __shared__ Softmax parts[kHeads];
+    JoinSplits(splits, part, args.plan.splits, group, D, share, parts,
+               [&](int q, int i, const float4& value, int width) {
+                 const float element[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+                 for (int c = 0; c < 4; ++c) {
+                   const Softmax merged =
+                       result.Write(part.row, part.head * group + q, i + c, element[c], parts[q]);
+                   if (i + c == 0) joined[q] = merged;
+                 }
+               });
   }
   __syncthreads();
   for (int q = 0; q < group; ++q) {
@@ -445,13 +482,15 @@ __global__ void __launch_bounds__(kThreads)
       splits.sum[at] = softmax.sum;
     }
     if (!ArrivesLast(splits, part)) return;
-    const int64_t first = int64_t{part.pair} * args.plan.splits;
-    // Every thread needs the sums, also one without an element.
-    for (int i = threadIdx.x; i < max(d, kThreads); i += kThreads) {
-      const float value = JoinSplits(splits, first, 1, part.used, d, min(i, d - 1), softmax);
-      if (i < d) scratch.output[0][i] = value;
-    }
+    __shared__ Softmax all;
+    __shared__ float share[kMostSplits];
+    JoinSplits(splits, part, args.plan.splits, 1, d, share, &all,
+               [&](int, int i, const float4& value, int width) {
+                 const float element[4] = {value.x, value.y, value.z, value.w};
+                 for (int c = 0; c < width; ++c) scratch.output[0][i + c] = element[c];
+               });
     __syncthreads();
+    softmax = all;
   }
   Softmax merged = softmax;
   for (int i = threadIdx.x; i < max(d, kThreads); i += kThreads) {
@@ -533,6 +572,7 @@ AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
 cudaError_t Launch(const DecodeAttentionArgs& given, const LaunchContext& context) {
   DecodeAttentionArgs args = given;
   if (args.plan.splits <= 1) args.plan = {.splits = 1, .split_tokens = 0};
+  if (args.plan.splits > kMostSplits) return cudaErrorInvalidValue;
   const int64_t parts = int64_t{args.rows} * args.query_heads * args.plan.splits;
   Splits splits;
   splits.output = reinterpret_cast<float*>(context.workspace);

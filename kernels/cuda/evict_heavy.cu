@@ -84,27 +84,42 @@ __device__ Least BlockLeast(Least mine) {
   return all;
 }
 
-// Row `source` over row `target`, then the new token's over `source`; either step may be left out.
-// Each thread moves its own elements, so nothing is overwritten before it has been read.
-__device__ void MoveRows(const Head& at, int32_t target, int32_t source, DType dtype) {
-  const EvictHeavyArgs& args = at.args;
-  const KvView& view = args.view;
-  const int64_t to = KvOffset(view, at.row, target, at.head);
-  const int64_t from = KvOffset(view, at.row, source, at.head);
-  for (int32_t i = threadIdx.x; i < 2 * args.head_dim; i += kThreads) {
-    const bool is_value = i >= args.head_dim;
-    std::byte* const pool = is_value ? view.value : view.key;
-    const int32_t column = is_value ? i - args.head_dim : i;
-    if (target != source) {
-      const float moved = LoadElement(pool, view.dtype, from + column);
-      StoreElement(pool, view.dtype, to + column, moved);
+// What each thread holds of the rows that may move: elements of a key, then of its value.
+constexpr int kElements = 2;  // of a thread; 2 d <= kElements * kThreads
+
+// Elements of the new token, and of the row in slot `slot` unless that is kNowhere.
+struct MovedRows {
+  float fresh[kElements];
+  float leaving[kElements];
+
+  __device__ void Load(const Head& at, int32_t slot, DType dtype) {
+    const int32_t d = at.args.head_dim;
+    const KvView& view = at.args.view;
+    const int64_t from = slot == kNowhere ? 0 : KvOffset(view, at.row, slot, at.head);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const int32_t i = threadIdx.x + e * kThreads;
+      if (i >= 2 * d) continue;
+      const Activations& row = i < d ? at.args.key : at.args.value;
+      const int32_t column = i < d ? i : i - d;
+      fresh[e] = LoadElement(row.data, dtype, at.row * row.stride + int64_t{at.head} * d + column);
+      if (slot == kNowhere) continue;
+      leaving[e] = LoadElement(i < d ? view.key : view.value, view.dtype, from + column);
     }
-    const Activations& fresh = is_value ? args.value : args.key;
-    const float value = LoadElement(
-        fresh.data, dtype, at.row * fresh.stride + int64_t{at.head} * args.head_dim + column);
-    StoreElement(pool, view.dtype, from + column, value);
   }
-}
+  __device__ void Store(const Head& at, int32_t slot, const float (&elements)[kElements]) const {
+    const int32_t d = at.args.head_dim;
+    const KvView& view = at.args.view;
+    const int64_t to = KvOffset(view, at.row, slot, at.head);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const int32_t i = threadIdx.x + e * kThreads;
+      if (i >= 2 * d) continue;
+      StoreElement(i < d ? view.key : view.value, view.dtype, to + (i < d ? i : i - d),
+                   elements[e]);
+    }
+  }
+};
 
 __global__ void __launch_bounds__(kThreads)
     EvictHeavyKernel(const __grid_constant__ EvictHeavyArgs args, DType dtype) {
@@ -120,21 +135,42 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t sinks = min(args.sinks, heavy);
   const bool full = position >= heavy + recent;
 
+  // The slot that the new token takes from the window is known at once: its row is on its way while
+  // the scores are looked at.
+  const int32_t ring = full && recent > 0 ? heavy + (position - heavy) % recent : kNowhere;
+  MovedRows rows;
+  rows.Load(at, ring, dtype);
+
   Least mine;
   if (scored) {
-    for (int32_t slot = threadIdx.x; slot < stored; slot += kThreads) {
-      float& score = at.Score(slot);
-      const float kept = at.Kept(score * args.scoring.decay + at.Received(slot));
-      score = kept;
-      if (full && slot >= sinks && slot < heavy) {
-        const float worth = at.Worth(kept, slot);
-        // Positions are looked up where they may decide.
-        if (mine.slot == kNowhere || worth <= mine.worth) {
-          mine.Take({worth, at.Position(slot), slot});
+    if (threadIdx.x == 0) shared_new_score = at.Kept(at.Received(stored));
+    constexpr int kBatch = 4;  // slots that a thread reads before it writes the first
+    for (int32_t base = threadIdx.x; base < stored; base += kBatch * kThreads) {
+      float* place[kBatch];
+      float before[kBatch];
+      float received[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int32_t slot = min(base + j * kThreads, stored - 1);
+        place[j] = &at.Score(slot);
+        before[j] = *place[j];
+        received[j] = at.Received(slot);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int32_t slot = base + j * kThreads;
+        if (slot >= stored) continue;
+        const float kept = at.Kept(before[j] * args.scoring.decay + received[j]);
+        *place[j] = kept;
+        if (full && slot >= sinks && slot < heavy) {
+          const float worth = at.Worth(kept, slot);
+          // Positions are looked up where they may decide.
+          if (mine.slot == kNowhere || worth <= mine.worth) {
+            mine.Take({worth, at.Position(slot), slot});
+          }
         }
       }
     }
-    if (threadIdx.x == 0) shared_new_score = at.Kept(at.Received(stored));
   }
   const Least least = BlockLeast(mine);  // a barrier: all scores are written
   const float new_score = scored ? shared_new_score : 0.0f;
@@ -147,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
     if (recent == 0) {
       if (least.slot == kNowhere || (!args.promote && !(new_score > least.worth))) return;
     } else {
-      target = heavy + (position - heavy) % recent;
+      target = ring;
       const bool displaces = least.slot != kNowhere &&
                              (args.promote || least.worth < at.Worth(at.Score(target), target));
       if (!displaces) leaves = target;
@@ -164,7 +200,8 @@ __global__ void __launch_bounds__(kThreads)
   } else if (ranked && threadIdx.x == 0) {
     at.Rank(position) = position;
   }
-  MoveRows(at, leaves, target, dtype);
+  if (leaves != target) rows.Store(at, leaves, rows.leaving);
+  rows.Store(at, target, rows.fresh);
   if (threadIdx.x != 0) return;
   if (scored) {
     if (leaves != target) at.Score(leaves) = at.Score(target);
@@ -182,6 +219,7 @@ __global__ void __launch_bounds__(kThreads)
 // launchers
 
 cudaError_t Launch(const EvictHeavyArgs& args, const LaunchContext& context) {
+  if (2 * args.head_dim > kElements * kThreads) return cudaErrorInvalidValue;
   EvictHeavyKernel<<<args.rows * args.kv_heads, kThreads, 0, context.stream>>>(
       args, context.activation_dtype);
   return cudaGetLastError();

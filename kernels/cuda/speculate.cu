@@ -36,18 +36,30 @@ __device__ __forceinline__ void Score(float (&sum)[kQueries], const float* query
     // bf16, eight elements at a time.
     const uint4* const key =
         reinterpret_cast<const uint4*>(reinterpret_cast<const __nv_bfloat16*>(pool) + offset);
-#pragma unroll 4
-    for (int32_t i = 0; i < d / 8; ++i) {
-      const uint4 piece = key[i];
-      const uint32_t word[4] = {piece.x, piece.y, piece.z, piece.w};
+    // All of a key of up to kMostPieces * 8 elements is under way before the first is used.
+    constexpr int kMostPieces = 5;
+    uint4 pieces[kMostPieces];
+    const int32_t count = d / 8;
+    for (int32_t base = 0; base < count; base += kMostPieces) {
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float low = __uint_as_float(word[w] << 16);
-        const float high = __uint_as_float(word[w] & 0xffff0000u);
+      for (int p = 0; p < kMostPieces; ++p) {
+        if (base + p < count) pieces[p] = __ldcs(key + base + p);
+      }
 #pragma unroll
-        for (int q = 0; q < kQueries; ++q) {
-          const float2 pair = *reinterpret_cast<const float2*>(query + q * d + i * 8 + w * 2);
-          sum[q] += low * pair.x + high * pair.y;
+      for (int p = 0; p < kMostPieces; ++p) {
+        const int32_t i = base + p;
+        if (i >= count) continue;
+        const uint4 piece = pieces[p];
+        const uint32_t word[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const float low = __uint_as_float(word[w] << 16);
+          const float high = __uint_as_float(word[w] & 0xffff0000u);
+#pragma unroll
+          for (int q = 0; q < kQueries; ++q) {
+            const float2 pair = *reinterpret_cast<const float2*>(query + q * d + i * 8 + w * 2);
+            sum[q] += low * pair.x + high * pair.y;
+          }
         }
       }
     }
