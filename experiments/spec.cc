@@ -284,6 +284,13 @@ void CheckQuality(const Quality& quality, const Model& model, bool has_text,
                             quality.context()),
                "write at least context");
   }
+  const Passkey& passkey = quality.passkey();
+  if (passkey.question() == Passkey::QUESTION_IN_PROMPT && passkey.digits() < 2) {
+    report.Add("passkey.digits",
+               absl::StrCat(passkey.digits(),
+                            ": the first digit of question: in_prompt is not counted"),
+               "write at least 2");
+  }
 }
 
 // -------------------------------------------------------------------------------------- axes
