@@ -42,17 +42,16 @@ std::vector<Point> Expand(const std::vector<Axis>& axes) {
 }
 
 absl::StatusOr<Axis> ParseAxis(absl::string_view text) {
-  const std::pair<absl::string_view, absl::string_view> parts =
-      absl::StrSplit(text, absl::MaxSplits('=', 1));
-  absl::string_view list = parts.second;
+  const absl::Status wrong = absl::InvalidArgumentError(
+      absl::StrCat("axis '", text, "': expected NAME=[NUMBER,...], such as B=[1,8,32]"));
+  const size_t equals = text.find('=');
+  if (equals == absl::string_view::npos || equals == 0) return wrong;
+  absl::string_view list = text.substr(equals + 1);
   if (absl::ConsumePrefix(&list, "[")) absl::ConsumeSuffix(&list, "]");
-  Axis axis{.name = std::string(parts.first), .values = {}};
+  Axis axis{.name = std::string(text.substr(0, equals)), .values = {}};
   for (absl::string_view item : absl::StrSplit(list, ',')) {
     int64_t value = 0;
-    if (!absl::SimpleAtoi(item, &value)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("axis '", text, "': expected NAME=[NUMBER,...], such as B=[1,8,32]"));
-    }
+    if (!absl::SimpleAtoi(item, &value)) return wrong;
     axis.values.push_back(value);
   }
   return axis;
