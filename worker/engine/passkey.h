@@ -41,7 +41,7 @@ struct PasskeyPrompt {
 
   // Tokens in all, those of the answer included.
   int32_t context() const { return static_cast<int32_t>(tokens.size() + answer.size()); }
-  RequestShape shape() const { return {prefill, context() - prefill}; }
+  RequestShape shape() const { return {prefill, context() - prefill, context()}; }
 };
 
 // The prompts of each depth, depths in their order; each has `context` tokens in all. The filler

@@ -57,7 +57,7 @@ class Lockstep {
   }
 
   static RequestShape ArmShape(const QualityTask& task) {
-    return {task.prefill, task.context - task.prefill};
+    return {task.prefill, task.context - task.prefill, task.context};
   }
   // The last token of a window is scored but never fed.
   static RequestShape ReferenceShape(const QualityTask& task) { return {task.context - 1, 1}; }
