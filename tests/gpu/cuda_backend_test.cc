@@ -95,7 +95,7 @@ void CheckProduct(Backend* backend, Random& random, const Product& shape) {
                  .in_columns = shape.in_columns},
                 Stream::kCompute);
   const std::vector<float> out = out_memory.Read();
-  const double epsilon = out_dtype == DType::kF32 ? 0x1p-24 : 0x1p-9;
+  const double epsilon = out_dtype == DType::kF32 ? 0x1p-24 : 0x1p-8;
   for (int64_t row = 0; row < shape.rows; ++row) {
     for (int64_t column = 0; column < out_stride; ++column) {
       const auto at = static_cast<size_t>(row * out_stride + column);
