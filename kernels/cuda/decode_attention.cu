@@ -239,7 +239,7 @@ struct TileLoader {
 
 // [rows, Hq, d] x [n, Hk, d] -> scores [g, 16] a tile -> output [g, d] a warp -> a block -> a row.
 template <typename T, int D>
-constexpr int kStages = D <= 64 ? 4 : 2;
+constexpr int kStages = D <= 64 ? 6 : 3;
 template <typename T, int D>
 constexpr int kSharedBytes = kWarps* kStages<T, D> * 2 * kTile*(D + kRowPadding) *
                              static_cast<int>(sizeof(T));
