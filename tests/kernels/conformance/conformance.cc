@@ -173,7 +173,8 @@ void Conform(const std::string& operation, int count, const Case& run) {
   Sides& sides = TheSides();
   if (sides.subject == nullptr) {
     total->skipped += count;
-    GTEST_SKIP() << operation << ": " << count << " cases skipped: " << sides.skipped;
+    std::printf("%s: SKIPPED %d cases: %s\n", operation.c_str(), count, sides.skipped.c_str());
+    return;
   }
   int differing = 0;
   for (int seed = 0; seed < count; ++seed) {

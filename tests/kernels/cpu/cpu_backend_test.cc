@@ -175,6 +175,7 @@ TEST(CpuBackend, AGraphEqualsEagerStepsAndAllocatesNothingWhenWarm) {
   const Activations key{.data = static_cast<float*>(qkv.data) + 64, .stride = qkv.stride};
   const Activations value{.data = static_cast<float*>(qkv.data) + 96, .stride = qkv.stride};
   int32_t* const position = device.Put(cache.shape.lengths);
+  const float* const frequency = device.Put(RandomFloats(random, 8));
   int32_t* const token = device.Room<int32_t>(rows);
   const int32_t* const table_row = device.Put(std::vector<int32_t>{0, 1, 2});
   const Event appended = device.backend.CreateEvent();
@@ -189,7 +190,13 @@ TEST(CpuBackend, AGraphEqualsEagerStepsAndAllocatesNothingWhenWarm) {
             .out_columns = 128,
             .in_columns = 64},
            s);
-    b.Rotary({.data = qkv, .position = position, .rows = rows, .heads = 6, .head_dim = 16}, s);
+    b.Rotary({.data = qkv,
+              .position = position,
+              .inverse_frequency = frequency,
+              .rows = rows,
+              .heads = 6,
+              .head_dim = 16},
+             s);
     b.DecodeAttention({.out = out,
                        .query = qkv,
                        .current_key = key,

@@ -214,7 +214,7 @@ class BakedScalarBackend : public CpuBackend {
   using CpuBackend::CpuBackend;
   void DecodeAttention(const DecodeAttentionArgs& args, Stream stream) override {
     DecodeAttentionArgs baked = args;
-    baked.view.length = Bake(args.view.length, args.rows);
+    baked.view.length = Bake(args.view.length, args.rows * args.view.length_stride);
     CpuBackend::DecodeAttention(baked, stream);
   }
   void EvictHeavy(const EvictHeavyArgs& args, Stream stream) override {
