@@ -188,7 +188,8 @@ template <int kQueries>
 cudaError_t LaunchScores(const SpeculateArgs& args, const Between& between, bool wide,
                          const LaunchContext& context) {
   const int blocks = args.rows * args.kv_heads * between.pieces;
-  const size_t bytes = kQueries * args.partial_dim * sizeof(float);
+  // Whole vectors: the compiler reads the remainder of a row by one.
+  const size_t bytes = (kQueries * args.partial_dim * sizeof(float) + 15) / 16 * 16;
   if (wide) {
     ScoreKernel<kQueries, true>
         <<<blocks, kThreads, bytes, context.stream>>>(args, between, context.activation_dtype);
