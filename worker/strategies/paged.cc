@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "base/check.h"
-#include "base/planted_bug.h"
 #include "base/status_macros.h"
 #include "worker/strategies/attention_calls.h"
 
@@ -181,7 +180,7 @@ void PagedStrategy::EnqueueCopies(const StepView& step) {
   }
   // Decodes overlap the copy, but those of what it brings.
   for (const Segment& segment : step.decode) {
-    if (!manager_->Arrived(segment.request) && !BugPlanted("swap_in_not_awaited")) {
+    if (!manager_->Arrived(segment.request)) {
       backend.WaitEvent(in_.done, Stream::kCompute);
       break;
     }

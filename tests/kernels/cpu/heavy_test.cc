@@ -149,9 +149,9 @@ TEST(EvictHeavy, KeepsTheSetsOfTheDefinitionStepByStep) {
       for (int32_t row = 0; row < 3; ++row) {
         now[row] = step;
         length[row] = row == 1 ? 0 : std::min(step, capacity);
-        // Small integers: sums are exact and ties common.
+        // Small integers, few of them not zero: sums are exact, and ties of the least are common.
         for (int64_t i = 0; i < kHeads * kGroup * stride; ++i) {
-          probability[row * kHeads * kGroup * stride + i] = static_cast<float>(random.Uniform(2));
+          probability[row * kHeads * kGroup * stride + i] = random.Uniform(16) == 0 ? 1.0f : 0.0f;
         }
         for (int32_t i = 0; i < kHeads * kDim; ++i) {
           static_cast<float*>(args.key.data)[row * args.key.stride + i] =
