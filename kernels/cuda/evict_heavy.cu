@@ -188,10 +188,10 @@ __global__ void __launch_bounds__(kThreads)
                              (args.promote || least.worth < at.Worth(at.Score(target), target));
       if (!displaces) leaves = target;
     }
+    const int32_t gone = ranked ? at.Rank(leaves) : 0;
+    const int32_t moved = ranked ? at.Rank(target) : 0;
+    __syncthreads();  // all threads have decided by scores, positions and ranks that now change
     if (ranked) {
-      const int32_t gone = at.Rank(leaves);
-      const int32_t moved = at.Rank(target);
-      __syncthreads();
       for (int32_t slot = threadIdx.x; slot < heavy + recent; slot += kThreads) {
         const int32_t rank = slot == leaves ? moved : at.Rank(slot);
         at.Rank(slot) = slot == target ? heavy + recent - 1 : rank - (rank > gone ? 1 : 0);
