@@ -226,7 +226,8 @@ Computed PeakTokenRate(const Digested& trial) {
     int64_t time_ns = row->first_token_ns();
     ++buckets[time_ns / kNsPerSecond];
     for (const uint64_t gap : row->token_gap_ns()) {
-      time_ns += static_cast<int64_t>(gap);
+      // Modulo 2^64: a worker may send any numbers, which then mean nothing but must not trap.
+      time_ns = static_cast<int64_t>(static_cast<uint64_t>(time_ns) + gap);
       ++buckets[time_ns / kNsPerSecond];
     }
   }
