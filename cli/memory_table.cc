@@ -19,21 +19,6 @@
 namespace kvsweep {
 namespace {
 
-DType KvDtypeOf(const Kv& kv, const ModelConfig& config) {
-  switch (kv.dtype()) {
-    case Kv::DTYPE_F32:
-      return DType::kF32;
-    case Kv::DTYPE_BF16:
-      return DType::kBf16;
-    case Kv::DTYPE_F16:
-      return DType::kF16;
-    case Kv::DTYPE_FP8_E4M3:
-      return DType::kFp8E4m3;
-    default:
-      return config.dtype;
-  }
-}
-
 // Of all requests of a trial, by tokens in all: what an arm may know of them.
 struct Demand {
   std::vector<RequestShape> shapes;  // sorted
@@ -97,7 +82,7 @@ class MemoryPlanner {
                   .head_dim = config_.head_dim,
                   .max_positions = config_.max_positions,
                   .rotary = config_.positions == PositionKind::kRotary},
-        .kv_dtype = KvDtypeOf(trial.kv(), config_),
+        .kv_dtype = KvDtype(trial.kv(), config_.dtype),
         .activation_dtype = computed,
         .weight_dtype = computed,
         .device_bytes = trial.kv().device_bytes(),

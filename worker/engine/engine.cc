@@ -117,7 +117,7 @@ InferenceEngine::InferenceEngine(Backend* backend, const LoadedModel* model,
     : backend_(backend),
       model_(model),
       options_(options),
-      max_decode_rows_(PaddedRows(options.max_sequences)),
+      max_decode_rows_(PaddedDecodeRows(options.max_sequences)),
       max_rows_(std::max({options.max_batched_tokens, max_decode_rows_,
                           options.chunked_prefill ? 0 : options.max_context})),
       max_logit_rows_(options.logits == LogitsMode::kAll
@@ -222,8 +222,6 @@ absl::Status InferenceEngine::AllocateBuffers() {
   return absl::OkStatus();
 }
 
-int32_t InferenceEngine::PaddedRows(int32_t rows) { return PaddedDecodeRows(rows); }
-
 // ----------------------------------------------------------------------------------------------
 // sequences
 
@@ -263,7 +261,7 @@ StepView InferenceEngine::MakeView(const StepPlan& plan) const {
   view.samples = plan.samples;
   view.captured = options_.graphs && plan.prefill.empty() && strategy_->capturable();
   const auto decode = static_cast<int32_t>(plan.decode.size());
-  view.decode_rows = view.captured ? PaddedRows(decode) : decode;
+  view.decode_rows = view.captured ? PaddedDecodeRows(decode) : decode;
   view.rows = view.decode_rows;
   for (const Segment& segment : plan.prefill) view.rows += segment.rows;
   view.position = step_state_->Device(arrays_.position);
@@ -580,14 +578,14 @@ void InferenceEngine::EnqueueLogits(const StepView& view) {
                   .out_columns = config.vocabulary,
                   .in_columns = config.embedding_size},
                  Stream::kCompute);
-  backend_->Argmax({.token = buffers_.sampled,
-                    .logits = buffers_.logits,
-                    .target = step_state_->Device(arrays_.sample_target),
-                    .rank = view.prefill.empty() ? nullptr
-                                                 : step_state_->Device(arrays_.sample_rank),
-                    .rows = rows,
-                    .columns = config.vocabulary},
-                   Stream::kCompute);
+  backend_->Argmax(
+      {.token = buffers_.sampled,
+       .logits = buffers_.logits,
+       .target = step_state_->Device(arrays_.sample_target),
+       .rank = view.prefill.empty() ? nullptr : step_state_->Device(arrays_.sample_rank),
+       .rows = rows,
+       .columns = config.vocabulary},
+      Stream::kCompute);
   backend_->Copy(buffers_.sampled_host, buffers_.sampled, SampledBytes(options_), Stream::kCompute);
   if (options_.logits != LogitsMode::kNone) {
     backend_->Copy(buffers_.logits_host, buffers_.logits.data, LogitBytes(rows, config),

@@ -74,7 +74,7 @@ enum class LogitsMode {
 struct EngineOptions {
   int32_t max_sequences = 64;
   int32_t max_batched_tokens = 512;
-  int32_t max_context = 2048;  // tokens of the longest request
+  int32_t max_context = 2048;   // tokens of the longest request
   bool chunked_prefill = true;  // false: a step must hold the longest prompt
   bool graphs = true;
   LogitsMode logits = LogitsMode::kNone;
@@ -143,9 +143,6 @@ class InferenceEngine {
   DecodeCounts CollectDecode(size_t index, std::span<double> attended_by_layer) {
     return strategy_->CollectDecode(view_, index, attended_by_layer);
   }
-
-  // Sizes that decode batches are padded to: 1, 2, 4, 8, then steps of 8.
-  static int32_t PaddedRows(int32_t rows);
 
  private:
   // Activations and what is read back; all rows as wide as the largest step.

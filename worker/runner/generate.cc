@@ -17,6 +17,7 @@
 #include "worker/engine/engine.h"
 #include "worker/engine/token_file.h"
 #include "worker/runner/trial.h"
+#include "worker/strategies/memory_model.h"
 
 namespace kvsweep {
 namespace {
@@ -211,7 +212,7 @@ absl::StatusOr<GenerateReply> Generate(const GenerateRequest& request, WarmDevic
         .max_context = course.total(),
         .graphs = request.engine().graphs(),
         .logits = LogitsMode::kLast,
-        .kv_dtype = KvDtype(request.kv(), config),
+        .kv_dtype = KvDtype(request.kv(), config.dtype),
         .device_bytes = kv.has_device_bytes() ? kv.device_bytes() : ample,
         .host_bytes = kv.has_device_bytes() ? kv.host_bytes() : ample};
     absl::StatusOr<std::unique_ptr<InferenceEngine>> engine =

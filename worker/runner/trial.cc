@@ -70,12 +70,6 @@ Arm ReferenceArm() {
   return arm;
 }
 
-// First layers that attend to everything because the arm says so.
-size_t FullLayers(const Arm& arm) {
-  if (arm.strategy() == "infinigen") return arm.infinigen().n_full_layers();
-  return arm.strategy() == "h2o" ? arm.h2o().full_layers() : 0;
-}
-
 const char* YesNo(bool value) { return value ? "yes" : "no"; }
 
 }  // namespace
@@ -268,13 +262,12 @@ absl::Status Trial::Measure() {
 absl::Status Trial::MeasureLoad() {
   const Arrivals& arrivals = request_.spec().load().arrivals();
   const std::vector<ServeRequest> requests = ScheduleOf(*workload_, samples());
-  const ServeSchedule schedule{
-      .requests = requests,
-      .copy_prompt = [this](size_t index,
-                            std::span<int32_t> prompt) {
-        workload_->CopyPrompt(index / samples(), prompt);
-      },
-      .open_loop = IsOpenLoop(arrivals)};
+  const ServeSchedule schedule{.requests = requests,
+                               .copy_prompt =
+                                   [this](size_t index, std::span<int32_t> prompt) {
+                                     workload_->CopyPrompt(index / samples(), prompt);
+                                   },
+                               .open_loop = IsOpenLoop(arrivals)};
   const ServeOptions options{
       .clock = &clock(),
       .modelled = modelled(),
@@ -435,7 +428,7 @@ void Trial::SummariseLoad() {
 // not keep in full by its own parameters.
 void Trial::SummariseLayers(std::span<const double> attended_by_layer, int64_t decode_rows) {
   if (decode_rows == 0) return;
-  const size_t full = FullLayers(request_.spec().arm());
+  const size_t full = static_cast<size_t>(engine_->strategy().declared_full_layers());
   const size_t layers = attended_by_layer.size();
   double all = 0;
   double beyond = 0;

@@ -48,9 +48,6 @@ struct TrialContext {
 // `timeout`, the rest (a failed operation of the backend) `crashed`.
 TrialOutcome OutcomeOfError(const absl::Status& status);
 
-// The format of keys and values that a spec asks for.
-DType KvDtype(const Kv& kv, const ModelConfig& config);
-
 // Runs one trial on the calling thread. Records go to the recorder; the caller calls Finish.
 class Trial {
  public:

@@ -10,6 +10,7 @@
 #include "base/status_macros.h"
 #include "worker/engine/token_file.h"
 #include "worker/runner/trial.h"
+#include "worker/strategies/memory_model.h"
 
 namespace kvsweep {
 namespace {
@@ -30,21 +31,6 @@ int32_t AskedContext(const TrialSpec& spec) {
 }
 
 }  // namespace
-
-DType KvDtype(const Kv& kv, const ModelConfig& config) {
-  switch (kv.dtype()) {
-    case Kv::DTYPE_F32:
-      return DType::kF32;
-    case Kv::DTYPE_BF16:
-      return DType::kBf16;
-    case Kv::DTYPE_F16:
-      return DType::kF16;
-    case Kv::DTYPE_FP8_E4M3:
-      return DType::kFp8E4m3;
-    default:
-      return config.dtype;
-  }
-}
 
 // Token files need no tokenizer, texts do.
 absl::StatusOr<std::span<const int32_t>> Trial::TextIds(const std::string& path) {
@@ -73,7 +59,7 @@ absl::Status Trial::Load() {
     ASSIGN_OR_RETURN(model_,
                      context_.device->UseFolder(request_.model_path(), spec.model_reference()));
   }
-  kv_dtype_ = KvDtype(spec.kv(), model_->config());
+  kv_dtype_ = KvDtype(spec.kv(), model_->config().dtype);
   RETURN_IF_ERROR(is_quality() ? LoadQualityTask() : LoadWorkload());
   RETURN_IF_ERROR(LoadCalibration());
   return CheckPreparation();

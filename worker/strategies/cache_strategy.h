@@ -109,8 +109,8 @@ class KvManager {
   // kOffload: takes device memory again for a preempted request that will hold `tokens` tokens.
   // False: later.
   virtual bool Resume(RequestId request, int32_t tokens) = 0;
-  // After Resume: the request's state is on the device, so that a step which decodes it waits for no
-  // copy. A step may decode it before; the strategy then makes the step wait.
+  // After Resume: the request's state is on the device, so that a step which decodes it waits for
+  // no copy. A step may decode it before; the strategy then makes the step wait.
   virtual bool Arrived(RequestId /*request*/) const { return true; }
   // Rule by which the batcher chooses whom to preempt.
   virtual VictimRule victim_rule() const { return VictimRule::kLastIn; }
@@ -119,14 +119,14 @@ class KvManager {
   // nothing is found in a cache.
   virtual void ReadTokensFrom(TokenReader /*tokens*/) {}
   // Tokens at the beginning of the request's prompt that are in the cache already, at most
-  // prompt_tokens - 1. If the manager's next call is Admit of the same request, that takes them over
-  // (its `tokens` include them) and they need not be computed.
+  // prompt_tokens - 1. If the manager's next call is Admit of the same request, that takes them
+  // over (its `tokens` include them) and they need not be computed.
   virtual int32_t FindCached(RequestId /*request*/, const RequestShape& /*shape*/) { return 0; }
 
   // Whether continuations of one prompt can share its memory.
   virtual bool can_fork() const { return false; }
-  // `child` begins with what `parent` holds, sharing it; nothing is taken. REQUIRES: can_fork(), the
-  // parent's prompt has just ended, the child is not held.
+  // `child` begins with what `parent` holds, sharing it; nothing is taken. REQUIRES: can_fork(),
+  // the parent's prompt has just ended, the child is not held.
   virtual void Fork(RequestId /*parent*/, RequestId /*child*/) {}
 
   // A measurement begins and no request is held: forgets cached content, counts from zero.
@@ -249,8 +249,8 @@ class CacheStrategy {
                       const Activations& out) = 0;
   // After the last layer; enqueues prunes of finished prompts and whatever must be read back.
   virtual void EndStep(const StepView& step) = 0;
-  // After the step has been waited for. Copies on other streams may still be under way; their events
-  // can be asked for here.
+  // After the step has been waited for. Copies on other streams may still be under way; their
+  // events can be asked for here.
   virtual void StepDone() {}
   // A measurement begins and no request is held: counts from zero.
   virtual void BeginMeasurement() { manager().BeginMeasurement(); }
@@ -264,6 +264,9 @@ class CacheStrategy {
                                      std::span<double> attended_by_layer) = 0;
   // Tokens that the end of a prompt of this shape drops.
   virtual int32_t PromptEvictions(const RequestShape& /*shape*/) const { return 0; }
+
+  // First layers that attend to everything because the arm's parameters say so.
+  virtual int32_t declared_full_layers() const { return 0; }
 
   // Tokens of a request that the arm keeps or reads at most (its budget C); -1: all.
   virtual int32_t TokenBudget(const RequestShape& /*shape*/) const { return -1; }

@@ -50,6 +50,7 @@ class H2oStrategy : public CacheStrategy {
   DecodeCounts CollectDecode(const StepView& step, size_t index,
                              std::span<double> attended_by_layer) override;
   int32_t PromptEvictions(const RequestShape& shape) const override;
+  int32_t declared_full_layers() const override { return full_layers(); }
   int32_t TokenBudget(const RequestShape& shape) const override;
   EngagementRule engagement_rule() const override;
   bool EngagementExpected(const RequestShape& shape, int32_t tokens) const override;

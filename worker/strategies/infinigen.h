@@ -58,6 +58,9 @@ class InfinigenStrategy : public CacheStrategy {
   DecodeCounts CollectDecode(const StepView& step, size_t index,
                              std::span<double> attended_by_layer) override;
   int32_t PromptEvictions(const RequestShape& shape) const override;
+  int32_t declared_full_layers() const override {
+    return static_cast<int32_t>(layout().parameters.n_full_layers());
+  }
   int32_t TokenBudget(const RequestShape& shape) const override;
   uint64_t ReadbackBytes(const StepView& step) const override;
   EngagementRule engagement_rule() const override;

@@ -23,6 +23,21 @@ int32_t PaddedDecodeRows(int32_t rows) {
   return (rows + 7) / 8 * 8;
 }
 
+DType KvDtype(const Kv& kv, DType model_dtype) {
+  switch (kv.dtype()) {
+    case Kv::DTYPE_F32:
+      return DType::kF32;
+    case Kv::DTYPE_BF16:
+      return DType::kBf16;
+    case Kv::DTYPE_F16:
+      return DType::kF16;
+    case Kv::DTYPE_FP8_E4M3:
+      return DType::kFp8E4m3;
+    default:
+      return model_dtype;
+  }
+}
+
 absl::StatusOr<MemoryModel> MemoryModel::Create(const Arm& arm, const StrategySizes& sizes,
                                                 int32_t chunk_tokens) {
   KVSWEEP_CHECK_GE(chunk_tokens, 1);

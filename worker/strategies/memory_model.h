@@ -18,6 +18,9 @@ namespace kvsweep {
 // 4, 8, then steps of 8.
 int32_t PaddedDecodeRows(int32_t rows);
 
+// What keys and values are stored as, for a model whose own format is `model_dtype`.
+DType KvDtype(const Kv& kv, DType model_dtype);
+
 // Bytes of one request along its life, fixed bytes not included.
 struct RequestMemory {
   TierBytes prompt_peak;   // most, while its prompt is computed

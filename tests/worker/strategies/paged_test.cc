@@ -1,5 +1,6 @@
 // Paged with real tensors: whatever the pages, the sharing, the preemption, the numbers are those
 // of one contiguous cache. In batch-invariant mode to the bit.
+#include "worker/strategies/memory_model.h"
 #include "worker/strategies/paged.h"
 
 #include <gmock/gmock.h>
@@ -142,7 +143,7 @@ class PagedTest : public testing::Test {
                         .max_sequences = options.max_sequences,
                         .max_context = options.max_context,
                         .max_rows = options.max_batched_tokens,
-                        .max_decode_rows = InferenceEngine::PaddedRows(options.max_sequences)};
+                        .max_decode_rows = PaddedDecodeRows(options.max_sequences)};
     const PagedLayout layout = *PagedLayoutOf(parameters, sizes);
     return layout.fixed_bytes + static_cast<uint64_t>(pages) * layout.page_bytes();
   }
