@@ -145,8 +145,10 @@ class CudaBackend : public Backend {
 
   // Names an error of the host's side of an operation, the first since the last wait.
   void Note(cudaError_t error, absl::string_view operation);
-  // Readies a stream for work: joins it to a capture under way.
+  // Readies a stream for work that is no kernel: joins it to a capture under way.
   cudaStream_t Use(Stream stream);
+  // The same for a kernel: what its launcher runs with.
+  cuda::LaunchContext ReadyKernel(Stream stream);
   template <typename Args>
   void Run(const Args& args, Stream stream, Link link = Link::kNone);
   void CountLink(Link link, uint64_t bytes);
@@ -157,8 +159,8 @@ class CudaBackend : public Backend {
   std::unique_ptr<cuda::DeviceMemory> memory_;
   cuda::ProductLibrary products_;
   std::array<cudaStream_t, kStreams> stream_ = {};
-  std::array<cuda::LaunchContext, kStreams> context_ = {};
-  std::array<bool, kStreams> busy_ = {};  // used since the last WaitAll
+  std::array<cuda::LaunchContext, kStreams> context_ = {};  // follows_kernel: see ReadyKernel
+  std::array<bool, kStreams> busy_ = {};                    // used since the last WaitAll
   std::vector<EventPair> events_;
   std::vector<CapturedGraph> graphs_;
 
@@ -293,7 +295,18 @@ cudaStream_t CudaBackend::Use(Stream stream) {
     forked_[index] = true;
     Note(cudaStreamWaitEvent(stream_[index], fork_, 0), "fork of a captured stream");
   }
+  context_[index].follows_kernel = false;
   return stream_[index];
+}
+
+cuda::LaunchContext CudaBackend::ReadyKernel(Stream stream) {
+  cuda::LaunchContext& kept = context_[static_cast<int>(stream)];
+  const bool follows_kernel = kept.follows_kernel;
+  Use(stream);
+  cuda::LaunchContext context = kept;
+  context.follows_kernel = follows_kernel;
+  kept.follows_kernel = true;
+  return context;
 }
 
 namespace {
@@ -315,8 +328,7 @@ void CudaBackend::Run(const Args& args, Stream stream, Link link) {
   const cpu::Operation operation(args);
   cpu::CheckArguments(operation);
   if (IsEmpty(args)) return;
-  Use(stream);
-  cuda::LaunchContext context = context_[static_cast<int>(stream)];
+  cuda::LaunchContext context = ReadyKernel(stream);
   if (link != Link::kNone) {
     context.link_bytes = device_counts_ + (link == Link::kToHost ? 1 : 0);
     (capturing_ ? open_graph_.counts_on_device : counts_pending_) = true;
@@ -327,8 +339,7 @@ void CudaBackend::Run(const Args& args, Stream stream, Link link) {
 void CudaBackend::Gemm(const GemmArgs& args, Stream stream) {
   cpu::CheckArguments(args);
   if (args.rows == 0) return;
-  Use(stream);
-  const cuda::LaunchContext& context = context_[static_cast<int>(stream)];
+  const cuda::LaunchContext context = ReadyKernel(stream);
   const bool few = args.rows <= cuda::kSkinnyRows || options_.batch_invariant;
   // The library's bias comes behind what it accumulates, which a rectifier must not see.
   const bool unusual = args.accumulate && args.relu;
@@ -376,8 +387,11 @@ Event CudaBackend::CreateEvent() {
 
 void CudaBackend::RecordEvent(Event event, Stream stream) {
   EventPair& pair = events_.at(static_cast<size_t>(event.index));
+  cuda::LaunchContext& context = context_[static_cast<int>(stream)];
+  const bool follows_kernel = context.follows_kernel;
   const cudaStream_t target = Use(stream);
   if (capturing_) {
+    context.follows_kernel = follows_kernel;  // a record is no node of the graph
     pair.recorded_capture = capture_;
     Note(cudaEventRecord(pair.captured, target), "RecordEvent");
   } else {
@@ -458,6 +472,7 @@ void CudaBackend::BeginCapture() {
   ++capture_;
   forked_ = {};
   forked_[kCompute] = true;
+  for (cuda::LaunchContext& context : context_) context.follows_kernel = false;
   open_graph_ = {};
   capture_error_ = absl::OkStatus();
   // Other threads of the process may do as they like meanwhile.
@@ -468,6 +483,7 @@ void CudaBackend::BeginCapture() {
 absl::StatusOr<Graph> CudaBackend::EndCapture() {
   KVSWEEP_CHECK(capturing_) << "EndCapture without BeginCapture";
   capturing_ = false;
+  for (cuda::LaunchContext& context : context_) context.follows_kernel = false;
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream_[kCompute], &graph);
   absl::Status error = capture_error_;

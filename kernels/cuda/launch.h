@@ -28,6 +28,9 @@ struct LaunchContext {
   bool batch_invariant = false;           // fixed reduction orders and split sizes
   int multiprocessors = 1;
   int architecture = 90;  // 10 * major + minor
+  // Whether the last work in the stream is a kernel, nothing else and no wait for another stream:
+  // then the launch may be a dependent one (dependent_launch.cuh).
+  bool follows_kernel = false;
   // Scratch of this stream: content undefined at every launch, 256-byte aligned.
   std::byte* workspace = nullptr;
   size_t workspace_bytes = 0;
