@@ -23,6 +23,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -45,6 +46,26 @@ struct Graph {
   int32_t index = -1;
 };
 
+// What a step's time goes to, as whoever enqueues says it (Backend::Enter).
+enum class StepPart : uint8_t {
+  kNone,  // outside of steps
+  kOther,
+  kProjections,
+  kSpeculation,
+  kAttention,
+  kMlp,
+  kSampling
+};
+
+// When one operation ran (Backend::TakeProfile).
+struct OperationTime {
+  absl::string_view name;  // of the backend's function
+  StepPart part = StepPart::kNone;
+  Stream stream = Stream::kCompute;
+  double begin_ns = 0;  // from an instant that one call of TakeProfile shares
+  double end_ns = 0;
+};
+
 // --------------------------------------------------------------------------------------------------------------------
 // interface
 
@@ -54,6 +75,8 @@ struct BackendInfo {
   std::string device;        // name of the device
   std::string device_class;  // what must be equal for two results to compare
   std::string driver;
+  std::string pci_address;  // of the device; empty: it is none on a bus
+  std::string host_memory;  // where Tier::kHost lies, where that is a choice: for people
   uint64_t device_memory_bytes = 0;
   DType activation_dtype = DType::kF32;
   DType weight_dtype = DType::kF32;  // of matrices and embedding tables
@@ -105,6 +128,22 @@ class Backend {
   // Bytes that copies between the tiers have moved so far, counted where they are moved.
   virtual uint64_t link_bytes_to_device() const = 0;
   virtual uint64_t link_bytes_to_host() const = 0;
+
+  // What is enqueued from now on belongs to this part of a step: for profiles, here and in a profiler
+  // that is attached.
+  virtual void Enter(StepPart part) = 0;
+
+  // From here to EndProfile it is noted when each operation runs, on the device's own clock (modelled
+  // in modelled time); that takes time itself. Graphs are noted if they were captured in between.
+  virtual void BeginProfile() = 0;
+  virtual void EndProfile() = 0;
+  // Waits for all work and returns the operations that ran since the last call, in any order. Of a
+  // graph that was launched several times, the last launch alone.
+  virtual absl::StatusOr<std::vector<OperationTime>> TakeProfile() = 0;
+  // While on, gathers and copies of cached rows from host to device that are enqueued are left out,
+  // and what would read the rows finds older ones: how long a step takes when all transfers are
+  // hidden. For steps whose results nobody wants.
+  virtual void SkipFetches(bool skip) = 0;
 
   // max_tokens: the longest view of the step; plain host value.
   virtual AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads) const = 0;

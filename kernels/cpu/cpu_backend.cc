@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -159,8 +160,36 @@ void CpuBackend::Zero(void* target, uint64_t bytes, Stream stream) {
   Enqueue(cpu::ZeroArgs{target, bytes}, stream);
 }
 
+void CpuBackend::BeginProfile() {
+  times_.clear();
+  scheduler_.NoteTimes(&times_, options_.modelled.has_value());
+}
+
+void CpuBackend::EndProfile() { scheduler_.NoteTimes(nullptr, false); }
+
+absl::StatusOr<std::vector<OperationTime>> CpuBackend::TakeProfile() {
+  RETURN_IF_ERROR(WaitAll());
+  return std::exchange(times_, {});
+}
+
+// Whether it brings cached rows from the host to the device.
+bool CpuBackend::IsFetch(const cpu::Operation& operation) const {
+  const auto fetches = [&](const void* target, const void* source) {
+    return TierOf(source) == Tier::kHost && TierOf(target) == Tier::kDevice;
+  };
+  if (const auto* gather = std::get_if<GatherRowsArgs>(&operation)) {
+    return fetches(gather->target.key, gather->source.key);
+  }
+  if (const auto* tile = std::get_if<CopyTileArgs>(&operation)) {
+    return fetches(tile->target.key, tile->source.key);
+  }
+  const auto* blocks = std::get_if<CopyBlocksArgs>(&operation);
+  return blocks != nullptr && fetches(blocks->target, blocks->source);
+}
+
 void CpuBackend::Enqueue(const cpu::Operation& operation, Stream stream) {
   cpu::CheckArguments(operation);
+  if (skip_fetches_ && IsFetch(operation)) return;
   scheduler_.Enqueue(operation, stream);
 }
 

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
@@ -65,6 +66,13 @@ class CpuBackend : public Backend, private cpu::Executor, private cpu::MemoryMap
   void DestroyGraph(Graph graph) override { scheduler_.DestroyGraph(graph); }
 
   int64_t modelled_ns() const override;
+
+  void Enter(StepPart part) override { scheduler_.Enter(part); }
+  void BeginProfile() override;
+  void EndProfile() override;
+  absl::StatusOr<std::vector<OperationTime>> TakeProfile() override;
+  void SkipFetches(bool skip) override { skip_fetches_ = skip; }
+
   uint64_t link_bytes_to_device() const override { return link_bytes_to_device_; }
   uint64_t link_bytes_to_host() const override { return link_bytes_to_host_; }
 
@@ -117,6 +125,7 @@ class CpuBackend : public Backend, private cpu::Executor, private cpu::MemoryMap
     Tier tier = Tier::kDevice;
   };
 
+  bool IsFetch(const cpu::Operation& operation) const;
   void Enqueue(const cpu::Operation& operation, Stream stream);
   double Execute(const cpu::Operation& operation) override;
   Tier TierOf(const void* pointer) const override;
@@ -133,6 +142,8 @@ class CpuBackend : public Backend, private cpu::Executor, private cpu::MemoryMap
   Cost total_cost_;
   uint64_t link_bytes_to_device_ = 0;
   uint64_t link_bytes_to_host_ = 0;
+  std::vector<OperationTime> times_;  // of a profile
+  bool skip_fetches_ = false;
   absl::Status error_;  // of the first operation that failed since the last Wait
 };
 

@@ -1,6 +1,7 @@
 #include "kernels/cpu/stream_scheduler.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -21,7 +22,11 @@ int Index(Stream stream) { return static_cast<int>(stream); }
 
 StreamScheduler::StreamScheduler(Executor* executor, std::optional<uint64_t> seed)
     : executor_(executor) {
-  if (seed.has_value()) random_.emplace(*seed);
+  if (!seed.has_value()) return;
+  random_.emplace(*seed);
+  ranking_lasts_ = uint64_t{1} << (3 * random_->Uniform(4));
+  std::iota(rank_.begin(), rank_.end(), 0);
+  random_->Shuffle<int>(rank_);
 }
 
 StreamScheduler::~StreamScheduler() = default;
@@ -31,6 +36,7 @@ StreamScheduler::~StreamScheduler() = default;
 void StreamScheduler::Push(Entry entry, Stream stream) {
   entry.sequence = next_sequence_++;
   entry.enqueued_ns = host_ns_;
+  entry.part = part_;
   if (capture_ == nullptr) {
     queue_[Index(stream)].Push(entry);
     return;
@@ -209,7 +215,7 @@ bool StreamScheduler::RunOne() {
 
   int chosen = 0;
   if (random_.has_value()) {
-    chosen = static_cast<int>(random_->Uniform(count));
+    chosen = Draw(std::span(candidates).first(static_cast<size_t>(count)));
   } else {
     // A graph's entries stand where its launch does, and among themselves in the order of capture.
     const auto order = [&](const Candidate& candidate) {
@@ -228,6 +234,15 @@ bool StreamScheduler::RunOne() {
   return true;
 }
 
+int StreamScheduler::Draw(std::span<const Candidate> candidates) {
+  if (random_->Uniform(ranking_lasts_) == 0) random_->Shuffle<int>(rank_);
+  const auto rank = [&](const Candidate& candidate) {
+    return rank_[static_cast<size_t>(candidate.stream + (candidate.in_graph ? kStreams : 0))];
+  };
+  const auto best = std::ranges::min_element(candidates, {}, rank);
+  return static_cast<int>(best - candidates.begin());
+}
+
 void StreamScheduler::RunQueued(int stream) {
   const Entry& entry = queue_[stream].front();
   double& clock_ns = clock_ns_[stream];
@@ -241,7 +256,7 @@ void StreamScheduler::RunQueued(int stream) {
     FinishLaunch();  // at once, if the graph is empty
     return;
   }
-  RunEntry(entry, record_, clock_ns);
+  RunEntry(entry, stream, record_, clock_ns);
   if (const RecordEntry* const record = std::get_if<RecordEntry>(&entry.what)) {
     Release(record->record);
   } else if (const WaitEntry* const wait = std::get_if<WaitEntry>(&entry.what)) {
@@ -252,7 +267,7 @@ void StreamScheduler::RunQueued(int stream) {
 
 void StreamScheduler::RunGraphEntry(int stream) {
   const Entry& entry = running_->entries[stream][running_->next[stream]++];
-  RunEntry(entry, running_->record, running_->clock_ns[stream]);
+  RunEntry(entry, stream, running_->record, running_->clock_ns[stream]);
   FinishLaunch();
 }
 
@@ -267,9 +282,28 @@ void StreamScheduler::FinishLaunch() {
   queue_[kCompute].Pop();
 }
 
-void StreamScheduler::RunEntry(const Entry& entry, std::vector<Record>& records, double& clock_ns) {
-  if (const Operation* const operation = std::get_if<Operation>(&entry.what)) {
-    clock_ns += executor_->Execute(*operation);
+void StreamScheduler::Execute(const Entry& entry, int stream, double& clock_ns) {
+  const Operation& operation = std::get<Operation>(entry.what);
+  if (times_ == nullptr) {
+    clock_ns += executor_->Execute(operation);
+    return;
+  }
+  OperationTime time{.name = OperationName(operation),
+                     .part = entry.part,
+                     .stream = static_cast<Stream>(stream)};
+  const auto now_ns = [&] {
+    return modelled_times_ ? clock_ns : static_cast<double>(RealClock::Get().NowNs());
+  };
+  time.begin_ns = now_ns();
+  clock_ns += executor_->Execute(operation);
+  time.end_ns = now_ns();
+  times_->push_back(time);
+}
+
+void StreamScheduler::RunEntry(const Entry& entry, int stream, std::vector<Record>& records,
+                               double& clock_ns) {
+  if (std::holds_alternative<Operation>(entry.what)) {
+    Execute(entry, stream, clock_ns);
   } else if (const RecordEntry* const record = std::get_if<RecordEntry>(&entry.what)) {
     records[record->record].reached = true;
     records[record->record].time_ns = clock_ns;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <variant>
 #include <vector>
 
@@ -18,10 +19,12 @@
 // operations only as values that it hands to an executor.
 //
 // Nothing runs before it is waited for. Then, one at a time, the operation at the head of a
-// runnable stream is executed until the awaited point is reached; the stream is drawn at random, so
-// over many seeds every order occurs that stream order and events allow, including those in which a
-// side stream lags as long as nothing waits for it. Without a seed operations run in the order they
-// were enqueued.
+// runnable stream is executed until the awaited point is reached. Which stream is a matter of
+// chance: they have a random ranking, the first runnable one goes on, and the ranking is drawn anew
+// after a number of operations that depends on the seed: each, or some, or hundreds. So over many
+// seeds every order occurs that stream order and events allow, among them fine interleavings and
+// those in which a side stream lags for whole steps as long as nothing waits for it. Without a seed
+// operations run in the order they were enqueued.
 //
 // An event names its latest *record*, a mark in one stream's queue; a wait keeps hold of the record
 // that was the latest when it was called. Captured graphs have streams and records of their own. A
@@ -49,6 +52,14 @@ class StreamScheduler {
   ~StreamScheduler();
 
   void Enqueue(const Operation& operation, Stream stream);
+
+  // Part of a step that entries belong to from now on.
+  void Enter(StepPart part) { part_ = part; }
+  // Where to note when each operation runs, in modelled time or by the clock; nullptr: nowhere.
+  void NoteTimes(std::vector<OperationTime>* times, bool modelled) {
+    times_ = times;
+    modelled_times_ = modelled;
+  }
 
   // As in Backend.
   Event CreateEvent();
@@ -92,6 +103,7 @@ class StreamScheduler {
     std::variant<Operation, RecordEntry, WaitEntry, LaunchEntry> what;
     int64_t sequence = 0;  // order of enqueueing over all streams
     double enqueued_ns = 0;
+    StepPart part = StepPart::kNone;
   };
 
   // A mark in a stream's queue. Freed when its event has a later one and nothing waits for it any
@@ -137,15 +149,20 @@ class StreamScheduler {
   void Release(int32_t record);
   // Runs one entry of a runnable stream; false if there is none.
   bool RunOne();
+  // Index of the candidate whose stream has the best rank.
+  int Draw(std::span<const Candidate> candidates);
   void RunQueued(int stream);
   void RunGraphEntry(int stream);
   void FinishLaunch();
   // Executes an entry other than a launch against the records of its graph or of the streams.
-  void RunEntry(const Entry& entry, std::vector<Record>& records, double& clock_ns);
+  void RunEntry(const Entry& entry, int stream, std::vector<Record>& records, double& clock_ns);
+  void Execute(const Entry& entry, int stream, double& clock_ns);
   bool Runnable(const Entry& entry, const std::vector<Record>& records) const;
 
   Executor* const executor_;
   std::optional<Random> random_;
+  uint64_t ranking_lasts_ = 1;  // operations, in the mean
+  std::array<int, 2 * kStreams> rank_ = {};  // of the streams, then of a running graph's
   std::array<Ring<Entry>, kStreams> queue_;
   std::array<double, kStreams> clock_ns_ = {};
   std::vector<Record> record_;
@@ -158,6 +175,9 @@ class StreamScheduler {
   int64_t next_sequence_ = 0;
   double host_ns_ = 0;
   int64_t table_growths_ = 0;
+  StepPart part_ = StepPart::kNone;
+  std::vector<OperationTime>* times_ = nullptr;
+  bool modelled_times_ = false;
 };
 
 }  // namespace kvsweep::cpu

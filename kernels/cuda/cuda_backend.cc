@@ -1,13 +1,16 @@
 #include "kernels/cuda/cuda_backend.h"
 
 #include <cuda_runtime_api.h>
+#include <nvtx3/nvToolsExt.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "base/check.h"
@@ -34,6 +37,13 @@ std::string VersionText(int version) {
 uint64_t PhysicalMemoryBytes() {
   return static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) *
          static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+}
+
+// "0000:1b:00.0"; empty if the driver does not tell.
+std::string PciAddress(int device) {
+  char address[32] = {};
+  if (cudaDeviceGetPCIBusId(address, sizeof(address) - 1, device) != cudaSuccess) return "";
+  return absl::AsciiStrToLower(address);
 }
 
 absl::Status ToStatus(cudaError_t error, absl::string_view what) {
@@ -70,6 +80,13 @@ class CudaBackend : public Backend {
   void DestroyGraph(Graph graph) override;
 
   int64_t modelled_ns() const override { return 0; }
+
+  void Enter(StepPart part) override;
+  void BeginProfile() override;
+  void EndProfile() override;
+  absl::StatusOr<std::vector<OperationTime>> TakeProfile() override;
+  void SkipFetches(bool skip) override { skip_fetches_ = skip; }
+
   uint64_t link_bytes_to_device() const override { return link_bytes_[0] + counted_[0]; }
   uint64_t link_bytes_to_host() const override { return link_bytes_[1] + counted_[1]; }
 
@@ -109,13 +126,13 @@ class CudaBackend : public Backend {
     Run(args, stream, OnHost(args.target.key) ? Link::kToHost : Link::kNone);
   }
   void GatherRows(const GatherRowsArgs& args, Stream stream) override {
-    Run(args, stream, LinkOf(args.target.key, args.source.key));
+    Fetch(args, stream, LinkOf(args.target.key, args.source.key));
   }
   void CopyTile(const CopyTileArgs& args, Stream stream) override {
-    Run(args, stream, LinkOf(args.target.key, args.source.key));
+    Fetch(args, stream, LinkOf(args.target.key, args.source.key));
   }
   void CopyBlocks(const CopyBlocksArgs& args, Stream stream) override {
-    Run(args, stream, LinkOf(args.target, args.source));
+    Fetch(args, stream, LinkOf(args.target, args.source));
   }
   // One process holds the whole model: its own part is the sum.
   void AllReduce(const AllReduceArgs& args, Stream stream) override { cpu::CheckArguments(args); }
@@ -130,10 +147,38 @@ class CudaBackend : public Backend {
     bool recorded = false;          // outside
     int64_t recorded_capture = -1;  // the capture in which it was last recorded
   };
+  // An operation between two events that a profile reads.
+  struct Noted {
+    absl::string_view name;
+    StepPart part = StepPart::kNone;
+    Stream stream = Stream::kCompute;
+    cudaEvent_t begin = nullptr;
+    cudaEvent_t end = nullptr;
+  };
   struct CapturedGraph {
     cudaGraphExec_t executable = nullptr;
     uint64_t link_bytes[2] = {};    // of plain copies
     bool counts_on_device = false;  // its kernels count
+    std::vector<Noted> noted;       // captured during a profile
+  };
+  // Around the launch of an operation: its range in a profiler, and its note in a profile.
+  class Scope {
+   public:
+    Scope(CudaBackend& backend, absl::string_view name, Stream stream)
+        : backend_(backend), stream_(stream) {
+      nvtxRangePushA(name.data());
+      if (backend_.profiling_) backend_.BeginNote(name, stream);
+    }
+    ~Scope() {
+      if (backend_.profiling_) backend_.EndNote(stream_);
+      nvtxRangePop();
+    }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    CudaBackend& backend_;
+    const Stream stream_;
   };
 
   bool OnHost(const void* pointer) const { return memory_->TierOf(pointer) == Tier::kHost; }
@@ -151,6 +196,13 @@ class CudaBackend : public Backend {
   cuda::LaunchContext ReadyKernel(Stream stream);
   template <typename Args>
   void Run(const Args& args, Stream stream, Link link = Link::kNone);
+  template <typename Args>
+  void Fetch(const Args& args, Stream stream, Link link) {
+    if (!skip_fetches_ || link != Link::kToDevice) Run(args, stream, link);
+  }
+  void BeginNote(absl::string_view name, Stream stream);
+  void EndNote(Stream stream);
+  cudaEvent_t RecordMark(Stream stream);
   void CountLink(Link link, uint64_t bytes);
   absl::Status TakeError(cudaError_t waiting);
 
@@ -176,6 +228,15 @@ class CudaBackend : public Backend {
   bool counts_pending_ = false;
   uint64_t link_bytes_[2] = {};  // of plain copies
 
+  StepPart part_ = StepPart::kNone;
+  bool profiling_ = false;
+  bool skip_fetches_ = false;
+  std::vector<Noted> noted_;           // outside of graphs, since the last TakeProfile
+  std::vector<int32_t> noted_graphs_;  // launched since then
+  cudaEvent_t origin_ = nullptr;       // instant 0 of the next TakeProfile
+  std::vector<cudaEvent_t> marks_;     // events of the profile; kept for the next one
+  size_t marks_used_ = 0;
+
   absl::Status error_;
   std::string first_operation_;  // since the last wait
   std::string last_operation_;
@@ -199,6 +260,7 @@ absl::Status CudaBackend::Open() {
            .device_class = absl::StrCat(properties.name, ", ", DTypeName(options_.dtype)),
            .driver = absl::StrCat("CUDA driver ", VersionText(driver), ", runtime ",
                                   VersionText(runtime)),
+           .pci_address = PciAddress(options_.device),
            .device_memory_bytes = options_.device_memory_bytes > 0 ? options_.device_memory_bytes
                                                                    : properties.totalGlobalMem,
            .activation_dtype = options_.dtype,
@@ -232,6 +294,7 @@ absl::Status CudaBackend::Open() {
                    .ticket_count = kTickets};
   }
   RETURN_IF_ERROR(ToStatus(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "events"));
+  RETURN_IF_ERROR(ToStatus(cudaEventCreate(&origin_), "events"));
   void* counts = nullptr;
   RETURN_IF_ERROR(ToStatus(cudaMalloc(&counts, 2 * sizeof(*device_counts_)), "counters"));
   device_counts_ = static_cast<unsigned long long*>(counts);
@@ -252,6 +315,8 @@ CudaBackend::~CudaBackend() {
     cudaEventDestroy(event.captured);
   }
   if (fork_ != nullptr) cudaEventDestroy(fork_);
+  if (origin_ != nullptr) cudaEventDestroy(origin_);
+  for (const cudaEvent_t mark : marks_) cudaEventDestroy(mark);
   for (int i = 0; i < kStreams; ++i) {
     cudaFree(context_[i].workspace);
     cudaFree(context_[i].tickets);
@@ -328,17 +393,20 @@ void CudaBackend::Run(const Args& args, Stream stream, Link link) {
   const cpu::Operation operation(args);
   cpu::CheckArguments(operation);
   if (IsEmpty(args)) return;
+  const absl::string_view name = cpu::OperationName(operation);
+  const Scope scope(*this, name, stream);
   cuda::LaunchContext context = ReadyKernel(stream);
   if (link != Link::kNone) {
     context.link_bytes = device_counts_ + (link == Link::kToHost ? 1 : 0);
     (capturing_ ? open_graph_.counts_on_device : counts_pending_) = true;
   }
-  Note(cuda::Launch(args, context), cpu::OperationName(operation));
+  Note(cuda::Launch(args, context), name);
 }
 
 void CudaBackend::Gemm(const GemmArgs& args, Stream stream) {
   cpu::CheckArguments(args);
   if (args.rows == 0) return;
+  const Scope scope(*this, "Gemm", stream);
   const cuda::LaunchContext context = ReadyKernel(stream);
   const bool few = args.rows <= cuda::kSkinnyRows || options_.batch_invariant;
   // The library's bias comes behind what it accumulates, which a rectifier must not see.
@@ -365,12 +433,14 @@ void CudaBackend::Copy(void* target, const void* source, uint64_t bytes, Stream 
   KVSWEEP_CHECK(!capturing_ || (memory_->Holds(target) && memory_->Holds(source)))
       << "a captured copy must lie in memory of the backend";
   CountLink(LinkOf(target, source), bytes);
+  const Scope scope(*this, "Copy", stream);
   Note(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDefault, Use(stream)), "Copy");
 }
 
 void CudaBackend::Zero(void* target, uint64_t bytes, Stream stream) {
   if (bytes == 0) return;
   KVSWEEP_CHECK(target != nullptr);
+  const Scope scope(*this, "Zero", stream);
   Note(cudaMemsetAsync(target, 0, bytes, Use(stream)), "Zero");
 }
 
@@ -464,6 +534,108 @@ absl::Status CudaBackend::WaitAll() {
 }
 
 // --------------------------------------------------------------------------------------------
+// profiles
+
+namespace {
+
+const char* RangeName(StepPart part) {
+  switch (part) {
+    case StepPart::kNone:
+    case StepPart::kOther:
+      return "other";
+    case StepPart::kProjections:
+      return "projections";
+    case StepPart::kSpeculation:
+      return "speculation";
+    case StepPart::kAttention:
+      return "attention";
+    case StepPart::kMlp:
+      return "mlp";
+    case StepPart::kSampling:
+      return "sampling";
+  }
+  return "";
+}
+
+}  // namespace
+
+void CudaBackend::Enter(StepPart part) {
+  if (part == part_) return;
+  if (part_ == StepPart::kNone) {
+    nvtxRangePushA("step");
+  } else {
+    nvtxRangePop();
+  }
+  if (part == StepPart::kNone) {
+    nvtxRangePop();
+  } else {
+    nvtxRangePushA(RangeName(part));
+  }
+  part_ = part;
+}
+
+cudaEvent_t CudaBackend::RecordMark(Stream stream) {
+  if (marks_used_ == marks_.size()) {
+    cudaEvent_t mark = nullptr;
+    Note(cudaEventCreate(&mark), "BeginProfile");
+    marks_.push_back(mark);
+  }
+  const cudaEvent_t mark = marks_[marks_used_++];
+  // A captured mark is a node of the graph, and can be read outside of it.
+  const unsigned flags = capturing_ ? cudaEventRecordExternal : cudaEventRecordDefault;
+  Note(cudaEventRecordWithFlags(mark, Use(stream), flags), "TakeProfile");
+  return mark;
+}
+
+void CudaBackend::BeginNote(absl::string_view name, Stream stream) {
+  const cudaEvent_t begin = RecordMark(stream);
+  (capturing_ ? open_graph_.noted : noted_)
+      .push_back({.name = name, .part = part_, .stream = stream, .begin = begin});
+}
+
+void CudaBackend::EndNote(Stream stream) {
+  (capturing_ ? open_graph_.noted : noted_).back().end = RecordMark(stream);
+}
+
+void CudaBackend::BeginProfile() {
+  KVSWEEP_CHECK(!capturing_) << "BeginProfile inside a capture";
+  profiling_ = true;
+  marks_used_ = 0;
+  noted_.clear();
+  noted_graphs_.clear();
+  Note(cudaEventRecord(origin_, Use(Stream::kCompute)), "BeginProfile");
+}
+
+void CudaBackend::EndProfile() {
+  KVSWEEP_CHECK(!capturing_) << "EndProfile inside a capture";
+  profiling_ = false;
+}
+
+absl::StatusOr<std::vector<OperationTime>> CudaBackend::TakeProfile() {
+  RETURN_IF_ERROR(WaitAll());
+  for (const int32_t graph : noted_graphs_) {
+    const std::vector<Noted>& noted = graphs_.at(static_cast<size_t>(graph)).noted;
+    noted_.insert(noted_.end(), noted.begin(), noted.end());
+  }
+  std::vector<OperationTime> times;
+  for (const Noted& noted : noted_) {
+    float begin_ms = 0;
+    float end_ms = 0;
+    RETURN_IF_ERROR(ToStatus(cudaEventElapsedTime(&begin_ms, origin_, noted.begin), noted.name));
+    RETURN_IF_ERROR(ToStatus(cudaEventElapsedTime(&end_ms, origin_, noted.end), noted.name));
+    times.push_back({.name = noted.name,
+                     .part = noted.part,
+                     .stream = noted.stream,
+                     .begin_ns = 1e6 * double{begin_ms},
+                     .end_ns = 1e6 * double{end_ms}});
+  }
+  noted_.clear();
+  noted_graphs_.clear();
+  Note(cudaEventRecord(origin_, Use(Stream::kCompute)), "TakeProfile");
+  return times;
+}
+
+// --------------------------------------------------------------------------------------------
 // graphs
 
 void CudaBackend::BeginCapture() {
@@ -512,6 +684,9 @@ void CudaBackend::Launch(Graph graph) {
   KVSWEEP_CHECK(!capturing_) << "Launch inside a capture";
   const CapturedGraph& captured = graphs_.at(static_cast<size_t>(graph.index));
   KVSWEEP_CHECK(captured.executable != nullptr) << "Launch of a destroyed graph";
+  nvtxMarkA("graph");
+  const bool noted = std::ranges::find(noted_graphs_, graph.index) != noted_graphs_.end();
+  if (profiling_ && !noted) noted_graphs_.push_back(graph.index);
   for (int i = 0; i < 2; ++i) link_bytes_[i] += captured.link_bytes[i];
   counts_pending_ = counts_pending_ || captured.counts_on_device;
   Note(cudaGraphLaunch(captured.executable, Use(Stream::kCompute)), "Launch");
