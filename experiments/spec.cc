@@ -186,7 +186,23 @@ void CheckInfinigen(const Infinigen& infinigen, const Reporter& report) {
   const bool bounded = infinigen.capacity() < 1;
   const bool request_columns = infinigen.columns() == Infinigen::COLUMNS_REQUEST;
   constexpr absl::string_view kAll = "fetch is \"all\": nothing is speculated";
-  report.Useless(all && infinigen.has_force_fetch_ratio(), "force_fetch_ratio", kAll);
+  constexpr absl::string_view kForced = "force_fetch_ratio says how many entries are fetched";
+  const bool forced = infinigen.has_force_fetch_ratio();
+  const bool counts = !all && !forced;  // how many are fetched depends on the scores
+  const absl::string_view uncounted = all ? kAll : kForced;
+  report.Useless(!counts && infinigen.alpha() != 4, "alpha", uncounted);
+  report.Useless(!counts && infinigen.max_kv_ratio() != 0.2, "max_kv_ratio", uncounted);
+  report.Useless(!counts && infinigen.count_scope() != Infinigen::COUNT_SCOPE_REQUEST,
+                 "count_scope", uncounted);
+  report.Useless(all && infinigen.partial_weight_ratio() != 0.3, "partial_weight_ratio", kAll);
+  report.Useless(all && infinigen.n_full_layers() != 2, "n_full_layers", kAll);
+  report.Useless(all && !infinigen.prefetch(), "prefetch", kAll);
+  report.Useless(all && infinigen.calibration_tokens() != 1024, "calibration_tokens", kAll);
+  report.Useless(all && infinigen.column_score() != Infinigen::COLUMN_SCORE_PRODUCT, "column_score",
+                 kAll);
+  report.Useless(all && infinigen.rope_speculation() != Infinigen::ROPE_SPECULATION_EXACT,
+                 "rope_speculation", kAll);
+  report.Useless(all && forced, "force_fetch_ratio", kAll);
   report.Useless(all && infinigen.skew() == Infinigen::SKEW_FOLDED, "skew", kAll);
   report.Useless(all && request_columns, "columns", kAll);
   report.Useless(all && infinigen.gather() == Infinigen::GATHER_STAGED, "gather", kAll);
@@ -222,7 +238,9 @@ void CheckArmInTrial(const TrialSpec& trial, absl::string_view prefix, ProblemLi
                           arm.strategy()),
              "give the paged arm a kv of its own: arms[].kv: {dtype: fp8_e4m3}");
   }
-  if (paged && arm.paged().preemption() == Paged::PREEMPTION_SWAP && trial.kv().host_bytes() == 0) {
+  const bool swaps = (paged && arm.paged().preemption() == Paged::PREEMPTION_SWAP) ||
+                     (arm.strategy() == "h2o" && arm.h2o().preemption() == H2o::PREEMPTION_SWAP);
+  if (swaps && trial.kv().host_bytes() == 0) {
     Reporter(Join(prefix, "kv"), problems)
         .Add("host_bytes", "0 leaves no room to swap to", "raise it, or preempt by recompute");
   }
@@ -286,10 +304,10 @@ void CheckQuality(const Quality& quality, const Model& model, bool has_text,
   }
   const Passkey& passkey = quality.passkey();
   if (passkey.question() == Passkey::QUESTION_IN_PROMPT && passkey.digits() < 2) {
-    report.Add("passkey.digits",
-               absl::StrCat(passkey.digits(),
-                            ": the first digit of question: in_prompt is not counted"),
-               "write at least 2");
+    report.Add(
+        "passkey.digits",
+        absl::StrCat(passkey.digits(), ": the first digit of question: in_prompt is not counted"),
+        "write at least 2");
   }
 }
 
