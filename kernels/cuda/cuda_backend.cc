@@ -236,6 +236,7 @@ class CudaBackend : public Backend {
   cudaEvent_t origin_ = nullptr;       // instant 0 of the next TakeProfile
   std::vector<cudaEvent_t> marks_;     // events of the profile; kept for the next one
   size_t marks_used_ = 0;
+  size_t marks_captured_ = 0;  // of these, the first so many may be nodes of graphs
 
   absl::Status error_;
   std::string first_operation_;  // since the last wait
@@ -409,12 +410,10 @@ void CudaBackend::Gemm(const GemmArgs& args, Stream stream) {
   const Scope scope(*this, "Gemm", stream);
   const cuda::LaunchContext context = ReadyKernel(stream);
   const bool few = args.rows <= cuda::kSkinnyRows || options_.batch_invariant;
-  // The library's bias comes behind what it accumulates, which a rectifier must not see.
-  const bool unusual = args.accumulate && args.relu;
   cudaError_t error;
   if (few && cuda::IsSkinnyProduct(args, context)) {
     error = cuda::LaunchSkinnyProduct(args, context);
-  } else if (!few && !unusual && cuda::ProductLibrary::Takes(args, context)) {
+  } else if (!few && cuda::ProductLibrary::Takes(args, context)) {
     error = products_.Launch(args, context);
   } else {
     error = cuda::LaunchGeneralProduct(args, context);
@@ -600,7 +599,7 @@ void CudaBackend::EndNote(Stream stream) {
 void CudaBackend::BeginProfile() {
   KVSWEEP_CHECK(!capturing_) << "BeginProfile inside a capture";
   profiling_ = true;
-  marks_used_ = 0;
+  marks_used_ = marks_captured_ = 0;
   noted_.clear();
   noted_graphs_.clear();
   Note(cudaEventRecord(origin_, Use(Stream::kCompute)), "BeginProfile");
@@ -631,6 +630,7 @@ absl::StatusOr<std::vector<OperationTime>> CudaBackend::TakeProfile() {
   }
   noted_.clear();
   noted_graphs_.clear();
+  marks_used_ = marks_captured_;
   Note(cudaEventRecord(origin_, Use(Stream::kCompute)), "TakeProfile");
   return times;
 }
@@ -655,6 +655,7 @@ void CudaBackend::BeginCapture() {
 absl::StatusOr<Graph> CudaBackend::EndCapture() {
   KVSWEEP_CHECK(capturing_) << "EndCapture without BeginCapture";
   capturing_ = false;
+  marks_captured_ = marks_used_;
   for (cuda::LaunchContext& context : context_) context.follows_kernel = false;
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream_[kCompute], &graph);
