@@ -1,6 +1,7 @@
 #include "worker/engine/engine.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
@@ -125,7 +126,9 @@ InferenceEngine::InferenceEngine(Backend* backend, const LoadedModel* model,
                           : max_decode_rows_ + options.max_sequences) {}
 
 InferenceEngine::~InferenceEngine() {
-  for (const auto& [key, graph] : graphs_) backend_->DestroyGraph(graph);
+  // Left behind by an error, which somebody has been told.
+  if (steps_under_way() > 0) backend_->WaitAll().IgnoreError();
+  DropGraphs();
   for (std::byte* memory : memory_) backend_->Free(memory);
 }
 
@@ -138,7 +141,10 @@ absl::Status InferenceEngine::Build(const StrategyFactory& factory) {
   arrays_.logit_row = step_state_->Add(max_logit_rows_);
   arrays_.sample_target = step_state_->Add(max_logit_rows_);
   arrays_.sample_rank = step_state_->Add(max_logit_rows_);
-  step_done_ = backend_->CreateEvent();
+  for (Flight& flight : flights_) {
+    flight.begun = backend_->CreateEvent();
+    flight.done = backend_->CreateEvent();
+  }
   StrategyContext context;
   static_cast<StrategySizes&>(context) = {.shape = model_->shape(),
                                           .kv_dtype = options_.kv_dtype,
@@ -167,6 +173,7 @@ absl::Status InferenceEngine::Build(const StrategyFactory& factory) {
   RETURN_IF_ERROR(step_state_->Build());
   RETURN_IF_ERROR(AllocateBuffers());
   modelled_ns_ = backend_->modelled_ns();
+  link_before_ = {backend_->link_bytes_to_device(), backend_->link_bytes_to_host()};
   return absl::OkStatus();
 }
 
@@ -254,6 +261,18 @@ void InferenceEngine::RemoveSequence(RequestId request) { sequences_.erase(reque
 // ---------------------------------------------------------------------------------------------------
 // step
 
+namespace {
+
+uint64_t SampledBytes(const EngineOptions& options) {
+  return sizeof(int32_t) * static_cast<uint64_t>(options.max_sequences);
+}
+
+uint64_t LogitBytes(int32_t rows, const ModelConfig& config) {
+  return sizeof(float) * static_cast<uint64_t>(rows) * static_cast<uint64_t>(config.vocabulary);
+}
+
+}  // namespace
+
 StepView InferenceEngine::MakeView(const StepPlan& plan) const {
   StepView view;
   view.decode = plan.decode;
@@ -264,6 +283,7 @@ StepView InferenceEngine::MakeView(const StepPlan& plan) const {
   view.decode_rows = view.captured ? PaddedDecodeRows(decode) : decode;
   view.rows = view.decode_rows;
   for (const Segment& segment : plan.prefill) view.rows += segment.rows;
+  view.parity = static_cast<int32_t>(begun_ % kMostStepsUnderWay);
   view.position = step_state_->Device(arrays_.position);
   view.row_active = step_state_->Device(arrays_.row_active);
   KVSWEEP_CHECK_LE(view.rows, max_rows_);
@@ -282,24 +302,36 @@ void InferenceEngine::FillStepState(const StepView& view) {
   std::ranges::fill(token_id.first(static_cast<size_t>(view.rows)), 0);
   std::ranges::fill(position.first(static_cast<size_t>(view.rows)), 0);
   std::ranges::fill(row_active, 0);
-  auto fill = [&](const Segment& segment) {
+  for (const Segment& segment : view.decode) {
+    const auto row = static_cast<size_t>(segment.first_row);
+    token_id[row] = TokenToFeed(segment);
+    position[row] = segment.start_position;
+    row_active[row] = 1;
+  }
+  for (const Segment& segment : view.prefill) {
     const Sequence& sequence = sequences_.at(segment.request);
     for (int32_t i = 0; i < segment.rows; ++i) {
       const auto row = static_cast<size_t>(segment.first_row + i);
       token_id[row] = sequence.tokens.at(static_cast<size_t>(segment.start_position + i));
       position[row] = segment.start_position + i;
     }
-  };
-  for (const Segment& segment : view.decode) {
-    fill(segment);
-    row_active[static_cast<size_t>(segment.first_row)] = 1;
   }
-  for (const Segment& segment : view.prefill) fill(segment);
   if (config().projects_embeddings()) {
     std::ranges::transform(position, step_state_->Host(arrays_.position_row).begin(),
                            [&](int32_t at) { return at + config().position_offset; });
   }
   FillLogitRows(view);
+}
+
+// What the step under way samples the host has not seen: it is taken from the sequence's slot.
+int32_t InferenceEngine::TokenToFeed(const Segment& decode) const {
+  const std::vector<int32_t>& tokens = sequences_.at(decode.request).tokens;
+  const auto at = static_cast<size_t>(decode.start_position);
+  if (at < tokens.size()) return tokens[at];
+  KVSWEEP_CHECK(at == tokens.size() && steps_under_way() == 1)
+      << "request " << decode.request << " has " << tokens.size() << " tokens, token " << at
+      << " is wanted";
+  return -1 - decode.slot;
 }
 
 void InferenceEngine::FillLogitRows(const StepView& view) {
@@ -347,37 +379,92 @@ void InferenceEngine::FillSamples(const StepView& view) {
   }
 }
 
-absl::StatusOr<StepResult> InferenceEngine::Execute(const StepPlan& plan) {
+absl::Status InferenceEngine::Begin(const StepPlan& plan) {
   KVSWEEP_CHECK(!plan.empty());
-  view_ = MakeView(plan);
-  const uint64_t to_device = backend_->link_bytes_to_device() + step_state_->device_bytes();
-  const uint64_t to_host = backend_->link_bytes_to_host() + ReadbackBytes(view_);
+  KVSWEEP_CHECK_LT(steps_under_way(), strategy_->NeedsHost() ? 1 : kMostStepsUnderWay);
+  EnqueueReadback();
+  Flight& flight = FlightAt(begun_);
+  flight.plan = plan;
+  flight.view = MakeView(flight.plan);
+  flight.read_back = false;
+  const StepView& view = flight.view;
+  backend_->Enter(StepPart::kOther);
   RETURN_IF_ERROR(step_state_->Begin());
-  FillStepState(view_);
-  strategy_->BeginStep(view_);
+  FillStepState(view);
+  strategy_->BeginStep(view);
+  backend_->RecordEvent(flight.begun, Stream::kCompute);
+  strategy_->MoveMemory(view);
   step_state_->Commit();
-  if (view_.captured) {
-    RETURN_IF_ERROR(LaunchCaptured(view_));
+  control_.to_device += step_state_->device_bytes();
+  if (view.captured) {
+    RETURN_IF_ERROR(LaunchCaptured(view));
   } else {
-    EnqueueForward(view_);
+    EnqueueForward(view);
+  }
+  backend_->Enter(StepPart::kNone);
+  ++begun_;
+  return absl::OkStatus();
+}
+
+// What the host reads of a step has one place, so it is copied there once the host has read what
+// the step before left. Copies behind a step stand outside of its graph for that reason.
+void InferenceEngine::EnqueueReadback() {
+  if (steps_under_way() == 0) return;
+  Flight& flight = FlightAt(begun_ - 1);
+  if (std::exchange(flight.read_back, true)) return;
+  KVSWEEP_CHECK_EQ(steps_under_way(), 1);
+  strategy_->ReadBack(flight.view);
+  backend_->Copy(buffers_.sampled_host, buffers_.sampled, SampledBytes(options_), Stream::kCompute);
+  if (options_.logits != LogitsMode::kNone) {
+    backend_->Copy(buffers_.logits_host, buffers_.logits.data,
+                   LogitBytes(LogitRows(flight.view), config()), Stream::kCompute);
   }
   // Only the step's own work: copies that later steps need go on.
-  backend_->RecordEvent(step_done_, Stream::kCompute);
-  RETURN_IF_ERROR(backend_->Wait(step_done_));
+  backend_->RecordEvent(flight.done, Stream::kCompute);
+  control_.to_host += ReadbackBytes(flight.view);
+}
+
+absl::StatusOr<StepResult> InferenceEngine::Finish() {
+  KVSWEEP_CHECK_GE(steps_under_way(), 1);
+  if (steps_under_way() == 1) EnqueueReadback();
+  const Flight& flight = FlightAt(finished_);
+  RETURN_IF_ERROR(backend_->Wait(flight.done));
+  ++finished_;
   strategy_->StepDone();
 
-  ReadSampled(plan);
-  StepResult result{.sampled = sampled_, .captured = view_.captured};
+  ReadSampled(flight.plan);
+  StepResult result{.plan = &flight.plan, .sampled = sampled_, .captured = flight.view.captured};
   if (options_.logits != LogitsMode::kNone) {
-    result.logits = {buffers_.logits_host, static_cast<size_t>(LogitRows(view_)) *
+    result.logits = {buffers_.logits_host, static_cast<size_t>(LogitRows(flight.view)) *
                                                static_cast<size_t>(config().vocabulary)};
   }
-  result.kv_bytes_to_device = backend_->link_bytes_to_device() - to_device;
-  result.kv_bytes_to_host = backend_->link_bytes_to_host() - to_host;
+  if (finished_ > 1) {
+    result.gap_ns = backend_->ElapsedNs(FlightAt(finished_ - 2).done, flight.begun);
+  }
+  result.step_ns = backend_->ElapsedNs(flight.begun, flight.done);
   const int64_t modelled_ns = backend_->modelled_ns();
   result.modelled_ns = modelled_ns - modelled_ns_;
   modelled_ns_ = modelled_ns;
   return result;
+}
+
+absl::StatusOr<StepResult> InferenceEngine::Execute(const StepPlan& plan) {
+  KVSWEEP_CHECK_EQ(steps_under_way(), 0);
+  RETURN_IF_ERROR(Begin(plan));
+  return Finish();
+}
+
+absl::StatusOr<LinkBytes> InferenceEngine::CacheTraffic() {
+  KVSWEEP_CHECK_EQ(steps_under_way(), 0);
+  RETURN_IF_ERROR(backend_->WaitAll());
+  modelled_ns_ = backend_->modelled_ns();
+  return LinkBytes{backend_->link_bytes_to_device() - link_before_.to_device - control_.to_device,
+                   backend_->link_bytes_to_host() - link_before_.to_host - control_.to_host};
+}
+
+void InferenceEngine::DropGraphs() {
+  for (const auto& [key, graph] : graphs_) backend_->DestroyGraph(graph);
+  graphs_.clear();
 }
 
 absl::Status InferenceEngine::LaunchCaptured(const StepView& view) {
@@ -426,14 +513,6 @@ NormArgs NormOf(const NormWeights& weights, const ModelConfig& config, const Act
           .columns = config.hidden_size};
 }
 
-uint64_t SampledBytes(const EngineOptions& options) {
-  return sizeof(int32_t) * static_cast<uint64_t>(options.max_sequences);
-}
-
-uint64_t LogitBytes(int32_t rows, const ModelConfig& config) {
-  return sizeof(float) * static_cast<uint64_t>(rows) * static_cast<uint64_t>(config.vocabulary);
-}
-
 GemmArgs ProductOf(const LinearWeights& weights, const Activations& out, const Activations& in,
                    int32_t rows) {
   return {.out = out,
@@ -479,7 +558,9 @@ void InferenceEngine::EnqueueForward(const StepView& view) {
   const ModelConfig& config = model_->config();
   EnqueueEmbedding(view);
   for (int32_t layer = 0; layer < config.layers; ++layer) EnqueueLayer(view, layer);
+  backend_->Enter(StepPart::kOther);
   strategy_->EndStep(view);
+  backend_->Enter(StepPart::kSampling);
   EnqueueLogits(view);
 }
 
@@ -496,6 +577,7 @@ void InferenceEngine::EnqueueLayer(const StepView& view, int32_t layer) {
     return Activations{static_cast<std::byte*>(qkv.data) + bytes, qkv.stride};
   };
 
+  backend_->Enter(StepPart::kProjections);
   if (config.norm_before) {
     backend_->Norm(NormOf(weights.attention_norm, config, normed, buffers_.hidden, rows),
                    Stream::kCompute);
@@ -507,16 +589,21 @@ void InferenceEngine::EnqueueLayer(const StepView& view, int32_t layer) {
     backend_->Copy(normed.data, buffers_.hidden.data, static_cast<uint64_t>(bytes),
                    Stream::kCompute);
   }
+  backend_->Enter(StepPart::kSpeculation);
   strategy_->BeforeLayer(view, layer, normed);
+  backend_->Enter(StepPart::kProjections);
   backend_->Gemm(ProductOf(weights.qkv, qkv, normed, rows), Stream::kCompute);
+  backend_->Enter(StepPart::kAttention);
   strategy_->Attend(
       view, layer,
       {.query = qkv, .key = column(query_columns), .value = column(query_columns + kv_columns)},
       buffers_.attended);
+  backend_->Enter(StepPart::kProjections);
   GemmArgs output = ProductOf(weights.attention_output, buffers_.hidden, buffers_.attended, rows);
   output.accumulate = true;
   backend_->Gemm(output, Stream::kCompute);
 
+  backend_->Enter(StepPart::kMlp);
   const Activations& hidden = buffers_.hidden;
   const Activations& ffn_normed = buffers_.ffn_normed;
   if (config.norm_before) {
@@ -586,11 +673,6 @@ void InferenceEngine::EnqueueLogits(const StepView& view) {
        .rows = rows,
        .columns = config.vocabulary},
       Stream::kCompute);
-  backend_->Copy(buffers_.sampled_host, buffers_.sampled, SampledBytes(options_), Stream::kCompute);
-  if (options_.logits != LogitsMode::kNone) {
-    backend_->Copy(buffers_.logits_host, buffers_.logits.data, LogitBytes(rows, config),
-                   Stream::kCompute);
-  }
 }
 
 uint64_t InferenceEngine::ReadbackBytes(const StepView& view) const {

@@ -4,9 +4,13 @@
 // The engine owns activations, the step state, captured graphs and the tokens of the sequences in
 // it. It does not decide: what a step computes comes from a StepPlan (batcher.h). A step that only
 // decodes is padded to a captured size and replayed as a graph.
+//
+// One step can begin while another is under way: a token that the host has not seen yet is taken
+// from where the device put it. So the device need not wait for the host between two steps.
 #ifndef KVSWEEP_WORKER_ENGINE_ENGINE_H_
 #define KVSWEEP_WORKER_ENGINE_ENGINE_H_
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -83,18 +87,25 @@ struct EngineOptions {
   uint64_t host_bytes = 0;
 };
 
-// What the host learns from a step.
+// What the host learns from a step; valid until the engine's next Begin or Finish.
 struct StepResult {
+  const StepPlan* plan = nullptr;    // of this step
   std::span<const int32_t> sampled;  // one token for each decode segment, then for each prefill
                                      // segment (meaningful on its last chunk)
   std::span<const float>
       logits;               // [logit rows, V] by LogitsMode: decode rows, then the prefill rows
   int64_t modelled_ns = 0;  // of this step, in modelled time
-  // What the cache moved over the host link in this step; the step state's arrays, sampled tokens
-  // and logits are not counted.
-  uint64_t kv_bytes_to_device = 0;
-  uint64_t kv_bytes_to_host = 0;
+  // On the device's clock, from the end of the step before to the beginning of this one, and from
+  // there to its end; the first step of an engine has no gap.
+  double gap_ns = 0;
+  double step_ns = 0;
   bool captured = false;  // a graph was captured or replayed
+};
+
+// Bytes over the host link.
+struct LinkBytes {
+  uint64_t to_device = 0;
+  uint64_t to_host = 0;
 };
 
 class InferenceEngine {
@@ -134,15 +145,32 @@ class InferenceEngine {
   std::span<const int32_t> Tokens(RequestId request) const;
   void RemoveSequence(RequestId request);
 
-  // Runs a step and waits for it. Spans of the result are valid until the next call; the plan must
-  // outlive CollectDecode.
+  // Steps that may be begun and not finished. While strategy().NeedsHost() it is one.
+  static constexpr int kMostStepsUnderWay = 2;
+
+  // Enqueues a step. REQUIRES: fewer than kMostStepsUnderWay steps are under way; results of the
+  // last finished step are no longer needed.
+  absl::Status Begin(const StepPlan& plan);
+  // Waits for the step that was begun first and reads what it brought. REQUIRES: a step is under
+  // way.
+  absl::StatusOr<StepResult> Finish();
+  int steps_under_way() const { return static_cast<int>(begun_ - finished_); }
+  // Begins a step and finishes it. REQUIRES: none is under way.
   absl::StatusOr<StepResult> Execute(const StepPlan& plan);
 
-  // Counts of the last step's decode segment `index`; to be called before Batcher::Complete
-  // releases finished requests.
+  // Counts of decode segment `index` of the step that was finished last, until Begin or Finish is
+  // called.
   DecodeCounts CollectDecode(size_t index, std::span<double> attended_by_layer) {
-    return strategy_->CollectDecode(view_, index, attended_by_layer);
+    return strategy_->CollectDecode(FlightAt(finished_ - 1).view, index, attended_by_layer);
   }
+
+  // Steps are captured anew, for when the backend would capture something else than before.
+  // REQUIRES: no step is under way.
+  void DropGraphs();
+
+  // What the cache has moved over the host link so far; the step state's arrays, sampled tokens and
+  // logits are not counted. Waits for what it still moves. REQUIRES: no step is under way.
+  absl::StatusOr<LinkBytes> CacheTraffic();
 
  private:
   // Activations and what is read back; all rows as wide as the largest step.
@@ -173,6 +201,14 @@ class InferenceEngine {
     StepState::Field sample_target;  // [logit rows], sequence slot; -1: none
     StepState::Field sample_rank;    // [logit rows], 0 but for first tokens of samples
   };
+  // A step that has begun, until the one after the next begins.
+  struct Flight {
+    StepPlan plan;  // its view points into it
+    StepView view;
+    Event begun;             // on the compute stream, before the step's first operation
+    Event done;              // behind what the host reads of the step
+    bool read_back = false;  // the reading is enqueued
+  };
   struct Sequence {
     std::vector<int32_t> tokens;
     int32_t prompt_tokens = 0;
@@ -183,9 +219,13 @@ class InferenceEngine {
   absl::Status Build(const StrategyFactory& factory);
   absl::Status AllocateBuffers();
   absl::StatusOr<Activations> AllocateRows(int64_t rows, int64_t columns, DType dtype);
+  Flight& FlightAt(int64_t step) {
+    return flights_[static_cast<size_t>(step % kMostStepsUnderWay)];
+  }
   StepView MakeView(const StepPlan& plan) const;
   int32_t LogitRows(const StepView& view) const;
   void FillStepState(const StepView& view);
+  int32_t TokenToFeed(const Segment& decode) const;
   void FillLogitRows(const StepView& view);
   void FillSamples(const StepView& view);
   void EnqueueForward(const StepView& view);
@@ -195,6 +235,7 @@ class InferenceEngine {
                   int32_t rows);
   void EnqueueLogits(const StepView& view);
   absl::Status LaunchCaptured(const StepView& view);
+  void EnqueueReadback();
   void ReadSampled(const StepPlan& plan);
   uint64_t ReadbackBytes(const StepView& view) const;
 
@@ -211,10 +252,13 @@ class InferenceEngine {
   std::unique_ptr<CacheStrategy> strategy_;
   std::map<RequestId, Sequence> sequences_;
   std::map<std::pair<int32_t, int32_t>, Graph> graphs_;  // by (padded rows, strategy's key)
-  StepView view_;                                        // of the last step
-  Event step_done_;                                      // behind the last step's compute
-  std::vector<int32_t> sampled_;                         // of the last step, by segment
+  std::array<Flight, kMostStepsUnderWay> flights_;       // by parity of the step
+  int64_t begun_ = 0;                                    // steps
+  int64_t finished_ = 0;                                 // of these
+  std::vector<int32_t> sampled_;                         // of the last finished step, by segment
   int64_t modelled_ns_ = 0;                              // of all steps so far
+  LinkBytes link_before_;                                // the engine's first step
+  LinkBytes control_;                                    // since then, but not the cache's
 };
 
 }  // namespace kvsweep

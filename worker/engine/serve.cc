@@ -1,6 +1,7 @@
 #include "worker/engine/serve.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -35,6 +36,15 @@ struct Book {
   bool engaged = false;
   bool done = false;
   int32_t open_samples = 0;  // of its prompt, itself among them; of a first sample
+};
+
+// A step that has begun.
+struct Begun {
+  int64_t begin_ns = 0;
+  bool follows = false;  // comes at once after the step before
+  bool settled = false;  // the batcher's part is done, with this outcome
+  StepSample state;
+  StepEffects effects;
 };
 
 // An arrival to come.
@@ -103,14 +113,19 @@ class Server {
 
   absl::StatusOr<ServeResult> Run() {
     engine_.strategy().BeginMeasurement();
+    ASSIGN_OR_RETURN(const LinkBytes before, engine_.CacheTraffic());
     while (done_ < books_.size() && result_.end == ServeResult::End::kServedAll) {
       const size_t done_before = done_;
       RETURN_IF_ERROR(Turn());
       if (options_.progress && done_ > done_before) options_.progress(done_);
     }
+    RETURN_IF_ERROR(FinishSteps(0));
     Abandon();
     result_.duration_ns = NowNs();
     JudgeQueue();
+    ASSIGN_OR_RETURN(const LinkBytes after, engine_.CacheTraffic());
+    result_.kv_bytes_to_device = after.to_device - before.to_device;
+    result_.kv_bytes_to_host = after.to_host - before.to_host;
     result_.samples = samples_.Take();
     return std::move(result_);
   }
@@ -128,8 +143,10 @@ class Server {
       result_.end = ServeResult::End::kTimeLimit;
       return absl::OkStatus();
     }
+    if (engine_.strategy().NeedsHost()) RETURN_IF_ERROR(FinishSteps(0));
     IssueArrivals();
     if (!batcher_.idle()) return Step();
+    if (engine_.steps_under_way() > 0) return FinishSteps(0);
     if (done_ < books_.size()) SleepUntilArrival();
     return absl::OkStatus();
   }
@@ -229,6 +246,7 @@ class Server {
     const int64_t wake_ns =
         std::min({due->time_ns, options_.time_limit_ns, NowNs() + kLongestSleepNs});
     options_.clock->SleepUntilNs(start_ns_ + wake_ns);
+    slept_ = true;
   }
 
   // -------------------------------------------------------------------------------------- steps
@@ -237,17 +255,55 @@ class Server {
     const int64_t begin_ns = NowNs();
     const StepPlan& plan = batcher_.Plan();
     BookPlan(plan, begin_ns);
-    ASSIGN_OR_RETURN(const StepResult step, engine_.Execute(plan));
+    if (engine_.strategy().NeedsHost()) RETURN_IF_ERROR(FinishSteps(0));
+    RETURN_IF_ERROR(engine_.Begin(plan));
+    Begun& begun = begun_[begun_steps_++ % begun_.size()];
+    begun.follows = !std::exchange(slept_, false);
+    begun.begin_ns = begin_ns;
+    begun.settled = false;
+    if (!options_.run_ahead || engine_.strategy().NeedsHost()) return FinishSteps(0);
+    Settle(&begun);
+    return FinishSteps(1);
+  }
+
+  // What a step does to requests, memory and queues is known when it begins; only its tokens and
+  // its time are not.
+  void Settle(Begun* begun) {
+    if (std::exchange(begun->settled, true)) return;
+    begun->state = {.reserved = engine_.manager().ReservedBytes(),
+                    .live_device_bytes = engine_.manager().LiveBytes().device,
+                    .running = batcher_.running(),
+                    .waiting = batcher_.waiting()};
+    begun->effects = batcher_.Complete();
+  }
+
+  // Finishes steps until at most so many are under way.
+  absl::Status FinishSteps(int under_way) {
+    while (engine_.steps_under_way() > under_way) RETURN_IF_ERROR(FinishStep());
+    return absl::OkStatus();
+  }
+
+  absl::Status FinishStep() {
+    Begun& begun =
+        begun_[(begun_steps_ - static_cast<size_t>(engine_.steps_under_way())) % begun_.size()];
+    ASSIGN_OR_RETURN(const StepResult step, engine_.Finish());
     if (options_.modelled != nullptr) options_.modelled->AdvanceNs(step.modelled_ns);
     const int64_t end_ns = NowNs();
     ++result_.steps;
     result_.captured_steps += step.captured;
-    result_.memory_short_steps += plan.short_of_memory;
-    result_.kv_bytes_to_device += step.kv_bytes_to_device;
-    result_.kv_bytes_to_host += step.kv_bytes_to_host;
-    BookDecodes(plan);
-    Sample(begin_ns, end_ns);
-    BookTokens(batcher_.Complete(), end_ns);
+    result_.memory_short_steps += step.plan->short_of_memory;
+    if (begun.follows) {
+      result_.gap_ns.push_back(static_cast<float>(step.gap_ns));
+      result_.stepped_ns += step.step_ns;
+    }
+    BookDecodes(*step.plan);
+    if (step.plan->prefill.empty()) {
+      ++result_.decode_steps.steps;
+      result_.decode_steps.ns += step.step_ns;
+    }
+    Settle(&begun);
+    Sample(begun, end_ns);
+    BookTokens(begun.effects, end_ns);
     return absl::OkStatus();
   }
 
@@ -269,7 +325,6 @@ class Server {
     peak.host = std::max(peak.host, bytes.host);
   }
 
-  // Before Complete, which may release what the strategy still needs to count.
   void BookDecodes(const StepPlan& plan) {
     for (size_t i = 0; i < plan.decode.size(); ++i) {
       const Segment& segment = plan.decode[i];
@@ -280,6 +335,13 @@ class Server {
       book.evicted += counts.evicted;
       book.engaged |= counts.engaged;
       const double tokens = segment.start_position + 1;
+      if (plan.prefill.empty()) {
+        ServeResult::DecodeSteps& steps = result_.decode_steps;
+        steps.rows += 1;
+        steps.tokens += tokens;
+        steps.attended += counts.attended;
+        steps.fetched += counts.fetched;
+      }
       book.full += tokens * static_cast<double>(layer_counts_.size());
       for (size_t layer = 0; layer < layer_counts_.size(); ++layer) {
         result_.attended_by_layer[layer] += layer_counts_[layer] / tokens;
@@ -300,19 +362,15 @@ class Server {
     book.engaged |= evicted > 0;
   }
 
-  void Sample(int64_t begin_ns, int64_t end_ns) {
-    const KvManager& manager = engine_.manager();
-    const TierBytes reserved = manager.ReservedBytes();
-    const uint64_t live = manager.LiveBytes().device;
-    result_.peak.device = std::max(result_.peak.device, reserved.device);
-    result_.peak.host = std::max(result_.peak.host, reserved.host);
-    result_.live_device_bytes_peak = std::max(result_.live_device_bytes_peak, live);
-    samples_.Add({.time_ns = end_ns,
-                  .step_ns = end_ns - begin_ns,
-                  .reserved = reserved,
-                  .live_device_bytes = live,
-                  .running = batcher_.running(),
-                  .waiting = batcher_.waiting()});
+  void Sample(const Begun& step, int64_t end_ns) {
+    StepSample state = step.state;
+    result_.peak.device = std::max(result_.peak.device, state.reserved.device);
+    result_.peak.host = std::max(result_.peak.host, state.reserved.host);
+    result_.live_device_bytes_peak =
+        std::max(result_.live_device_bytes_peak, state.live_device_bytes);
+    state.step_ns = end_ns - std::max(step.begin_ns, last_end_ns_);
+    state.time_ns = last_end_ns_ = end_ns;
+    samples_.Add(state);
   }
 
   void BookTokens(const StepEffects& effects, int64_t now_ns) {
@@ -441,6 +499,10 @@ class Server {
   int32_t longest_prompt_ = 0;
   const int64_t start_ns_;
   std::priority_queue<Due, std::vector<Due>, std::greater<>> turns_;  // later turns that will come
+  std::array<Begun, InferenceEngine::kMostStepsUnderWay> begun_;      // steps, in turn
+  size_t begun_steps_ = 0;
+  int64_t last_end_ns_ = 0;        // of a step
+  bool slept_ = true;              // before the next step
   std::vector<int64_t> ended_ns_;  // when sessions ended, in that order
   size_t next_ = 0;                // first turn that has not been issued
   size_t issued_ = 0;

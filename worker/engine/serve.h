@@ -1,9 +1,11 @@
 // The serving loop: carries a schedule of requests out with an engine and a batcher, under a clock.
 //
-// Each turn pulls the arrivals that are due, plans a step, executes it and books what it brought.
-// Latencies count from the scheduled arrival. In real time the loop sleeps when nothing runs; in
-// modelled time the clock is simulated, jumps to the next arrival, and moves by what each step
-// lasts on the device profile, so the same schedule always gives the same rows.
+// Each turn pulls the arrivals that are due, plans a step, begins it, and finishes it, or, if it
+// may run one step ahead, the step before; then it books what that brought. Latencies count from
+// the scheduled arrival to the instant at which the step that brought a token was seen to be done.
+// In real time the loop sleeps when nothing runs; in modelled time the clock is simulated, jumps to
+// the next arrival, and moves by what each step lasts on the device profile, so the same schedule
+// always gives the same rows.
 //
 // A session's next turn arrives when the turn before has ended and its person has thought; its
 // prompt begins with all that was said, the engine's own output included.
@@ -64,12 +66,16 @@ struct ServeOptions {
   const std::atomic<bool>* cancel = nullptr;  // polled each turn, at least every 20 ms of real time
   std::function<void(size_t done)> progress;  // after each turn in which requests were done
   size_t max_samples = 200;                   // of each series
+  // A step is planned and begun while the step before is under way, so that a device that works by
+  // itself need not wait for the host; what arrives meanwhile then waits for one step more. The
+  // outputs are the same. Not in modelled time.
+  bool run_ahead = false;
 };
 
 // State at the end of a step.
 struct StepSample {
   int64_t time_ns = 0;  // since time 0
-  int64_t step_ns = 0;  // length of the step
+  int64_t step_ns = 0;  // from the end of the step before or, if it began later, from its beginning
   TierBytes reserved;
   uint64_t live_device_bytes = 0;
   int32_t running = 0;
@@ -104,6 +110,22 @@ struct ServeResult {
   // Attended fractions (entries read, mean over KV heads, of the tokens so far), summed over
   // decode_tokens.
   std::vector<double> attended_by_layer;
+
+  // How long the device waited for the host before each step that came at once after another, in
+  // the order of the steps, and the length of these steps in all; on the device's clock.
+  std::vector<float> gap_ns;
+  double stepped_ns = 0;
+
+  // Over the steps that only decoded: what the least length of such a step is computed from.
+  struct DecodeSteps {
+    int64_t steps = 0;
+    double ns = 0;        // their length, on the device's clock
+    double rows = 0;      // tokens decoded
+    double tokens = 0;    // stored by their requests
+    double attended = 0;  // entries, as in DecodeCounts
+    double fetched = 0;
+  };
+  DecodeSteps decode_steps;
 
   // Every k-th step, k being the least power of two that leaves at most max_samples.
   std::vector<StepSample> samples;

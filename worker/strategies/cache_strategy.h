@@ -185,15 +185,18 @@ struct SampleStart {
   int32_t prefill = 0;  // index of the prompt's segment
 };
 
-// What a step computes. Valid from BeginStep to EndStep.
+// What a step computes. Valid from BeginStep to CollectDecode.
 struct StepView {
   std::span<const Segment> decode;  // rows 0 .. decode.size() - 1
   std::span<const Segment> prefill;
   std::span<const SampleStart> samples;
   int32_t decode_rows = 0;  // decode.size() padded to the captured size
   int32_t rows = 0;         // all rows: decode_rows plus the prefill rows
-  bool captured = false;    // only decode rows, replayed from a graph: once it is captured,
-                            // only BeginStep is called
+  bool captured = false;    // only decode rows, replayed from a graph: once it is captured, only
+                            // BeginStep, MoveMemory and ReadBack are called
+  // Of steps begun one behind the other, 0 and 1 in turn: the next step may begin before this one
+  // is finished, so what BeginStep leaves for CollectDecode is kept twice.
+  int32_t parity = 0;
   const int32_t* position = nullptr;    // [rows], device
   const int32_t* row_active = nullptr;  // [decode_rows], device: 0 for padding
 };
@@ -237,9 +240,15 @@ class CacheStrategy {
   // depends on the longest sequence.
   virtual int32_t GraphKey(const StepView& /*step*/) const { return 0; }
 
-  // Fills the strategy's arrays of the open step state, and enqueues what must precede the step (a
-  // resumed request's copies).
+  // Whether no step may begin before all earlier ones are finished (StepDone and CollectDecode were
+  // called). Else the engine may begin one step while another is under way. Asked before each step
+  // is planned, and again before it begins.
+  virtual bool NeedsHost() const { return false; }
+
+  // Fills the strategy's arrays of the open step state.
   virtual void BeginStep(const StepView& step) = 0;
+  // After BeginStep: enqueues what must precede the step (a resumed request's copies).
+  virtual void MoveMemory(const StepView& /*step*/) {}
   // Before a layer's projections: x = the layer's normed input [rows, D]. Look-ahead for the next
   // layer starts here.
   virtual void BeforeLayer(const StepView& /*step*/, int32_t /*layer*/, const Activations& /*x*/) {}
@@ -247,19 +256,22 @@ class CacheStrategy {
   // inputs.
   virtual void Attend(const StepView& step, int32_t layer, const AttentionInputs& inputs,
                       const Activations& out) = 0;
-  // After the last layer; enqueues prunes of finished prompts and whatever must be read back.
+  // After the last layer; enqueues prunes of finished prompts, and joins its streams.
   virtual void EndStep(const StepView& step) = 0;
+  // Behind the step, never captured: enqueues on Stream::kCompute what the host must read of it.
+  // What the step before left on the host has been collected.
+  virtual void ReadBack(const StepView& /*step*/) {}
   // After the step has been waited for. Copies on other streams may still be under way; their
   // events can be asked for here.
   virtual void StepDone() {}
   // A measurement begins and no request is held: counts from zero.
   virtual void BeginMeasurement() { manager().BeginMeasurement(); }
 
-  // Bytes that EndStep has the host read for its counts: control, not the cache's traffic.
+  // Bytes that ReadBack has the host read for its counts: control, not the cache's traffic.
   virtual uint64_t ReadbackBytes(const StepView& /*step*/) const { return 0; }
 
   // After the step has been waited for: counts of decode segment `index`, and the same by layer
-  // ([L], attended entries).
+  // ([L], attended entries). Its request may have been released, and the next step begun.
   virtual DecodeCounts CollectDecode(const StepView& step, size_t index,
                                      std::span<double> attended_by_layer) = 0;
   // Tokens that the end of a prompt of this shape drops.

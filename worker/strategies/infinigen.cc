@@ -94,18 +94,30 @@ void InfinigenStrategy::BeginStep(const StepView& step) {
   }
   std::ranges::fill(state.Host(arrays_.history_row), -1);
   std::ranges::fill(state.Host(arrays_.column_set), -1);
-  SaveOffloaded();
-  std::erase_if(columns_, [this](const auto& kept) { return !manager_.Holds(kept.first); });
+  std::vector<Decoded>& decoded = decoded_[static_cast<size_t>(step.parity)];
+  decoded.clear();
   for (const Segment& segment : step.decode) {
     PlaceSegment(segment, segment.first_row);
     FillDecodeRow(segment);
-    if (segment.resumed) BringBack(segment);
+    const RequestShape& shape = manager_.Shape(segment.request);
+    decoded.push_back(
+        {.held = layout().SlotsOf(segment.start_position, shape),
+         .evicts = segment.start_position >= InfinigenCapacity(layout().parameters, shape)});
   }
   for (size_t i = 0; i < step.prefill.size(); ++i) {
     PlaceSegment(step.prefill[i], tables_.PrefillRow(i));
   }
   if (layout().history_pages > 0) FillHistory(step);
+  moves_columns_ = layout().query_path == QueryPath::kRequestColumns && !step.prefill.empty();
   plan_ = PlanDecode(context_, step);
+}
+
+void InfinigenStrategy::MoveMemory(const StepView& step) {
+  SaveOffloaded();
+  std::erase_if(columns_, [this](const auto& kept) { return !manager_.Holds(kept.first); });
+  for (const Segment& segment : step.decode) {
+    if (segment.resumed) BringBack(segment);
+  }
 }
 
 // The request's pages and where the segment's tokens go. A token whose slot a later token of the
@@ -221,6 +233,7 @@ void InfinigenStrategy::BringBack(const Segment& segment) {
   }
   const auto columns = columns_.find(segment.request);
   if (columns == columns_.end()) return;
+  moves_columns_ = true;
   backend.Copy(scratch_.column + segment.slot * static_cast<int64_t>(columns->second.size()),
                columns->second.data(), columns->second.size() * sizeof(int32_t), Stream::kCompute);
 }
@@ -396,9 +409,12 @@ void InfinigenStrategy::AttendPrefill(const Segment& segment, size_t index, int3
   backend.PrefillAttention(last, Stream::kCompute);
 }
 
-void InfinigenStrategy::EndStep(const StepView& step) {
+void InfinigenStrategy::EndStep(const StepView& /*step*/) {
   Wait(kAppended0, Stream::kCompute);
   Wait(kAppended1, Stream::kCompute);
+}
+
+void InfinigenStrategy::ReadBack(const StepView& step) {
   Backend& backend = *context_.backend;
   if (layout().query_path == QueryPath::kRequestColumns) {
     for (const Segment& segment : step.prefill) {

@@ -49,11 +49,17 @@ class InfinigenStrategy : public CacheStrategy {
   // The staged gather needs the host in the middle of a step, and so does a diagnosis.
   bool capturable() const override { return !layout().staged() && !diagnosing_; }
   int32_t GraphKey(const StepView& step) const override { return TileCount(step); }
+  // The staged gather packs what the host has read; a request's own columns come to the host's
+  // memory and go back from there.
+  bool NeedsHost() const override { return layout().staged() || diagnosing_ || moves_columns_; }
   void BeginStep(const StepView& step) override;
+  void MoveMemory(const StepView& step) override;
   void BeforeLayer(const StepView& step, int32_t layer, const Activations& x) override;
   void Attend(const StepView& step, int32_t layer, const AttentionInputs& inputs,
               const Activations& out) override;
   void EndStep(const StepView& step) override;
+  void ReadBack(const StepView& step) override;
+  void StepDone() override { moves_columns_ = false; }
   void BeginMeasurement() override;
   DecodeCounts CollectDecode(const StepView& step, size_t index,
                              std::span<double> attended_by_layer) override;
@@ -137,6 +143,12 @@ class InfinigenStrategy : public CacheStrategy {
     return static_cast<EventName>(zero + layer % 2);
   }
 
+  // What CollectDecode needs of a decode segment, whose request may be gone by then.
+  struct Decoded {
+    int32_t held = 0;  // slots
+    bool evicts = false;
+  };
+
   void PlaceSegment(const Segment& segment, int32_t row);
   void FillDecodeRow(const Segment& segment);
   void FillHistory(const StepView& step);
@@ -179,7 +191,9 @@ class InfinigenStrategy : public CacheStrategy {
   AttentionPlan plan_;
   // A request's own columns, kept for its resume: [L - n][Hk, d'].
   std::map<RequestId, std::vector<int32_t>> columns_;
-  std::vector<int32_t> history_row_;  // by prefill segment of the step; -1: no history
+  bool moves_columns_ = false;                   // a step under way reads or writes columns_
+  std::vector<int32_t> history_row_;             // by prefill segment of the step; -1: no history
+  std::array<std::vector<Decoded>, 2> decoded_;  // by decode segment, by step parity
   bool oracle_input_ = false;
   bool diagnosing_ = false;
   std::vector<double> column_share_;  // by speculating layer

@@ -33,8 +33,8 @@ void InfinigenStrategy::BeginMeasurement() {
 DecodeCounts InfinigenStrategy::CollectDecode(const StepView& step, size_t index,
                                               std::span<double> attended_by_layer) {
   const Segment& segment = step.decode[index];
-  const RequestShape& shape = manager_.Shape(segment.request);
-  const double held = layout().SlotsOf(segment.start_position, shape);
+  const Decoded& decoded = decoded_[static_cast<size_t>(step.parity)][index];
+  const double held = decoded.held;
   const int64_t heads = context_.shape.kv_heads;
   DecodeCounts counts;
   double selected_of_all = 0;
@@ -54,7 +54,7 @@ DecodeCounts InfinigenStrategy::CollectDecode(const StepView& step, size_t index
     counts.attended += entries + 1;
     if (!attended_by_layer.empty()) attended_by_layer[static_cast<size_t>(layer)] = entries + 1;
   }
-  counts.evicted = segment.start_position >= InfinigenCapacity(layout().parameters, shape) ? 1 : 0;
+  counts.evicted = decoded.evicts ? 1 : 0;
   counts.engaged = selected_of_all < held * layout().speculating_layers();
   return counts;
 }

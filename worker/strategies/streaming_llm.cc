@@ -108,6 +108,8 @@ SlotView StreamingLlmStrategy::Ranks() const {
 void StreamingLlmStrategy::BeginStep(const StepView& step) {
   StepState& state = *context_.step_state;
   const auto slots = static_cast<size_t>(manager_.layout().probability_stride - 1);
+  std::vector<int32_t>& budgets = decode_budget_[static_cast<size_t>(step.parity)];
+  budgets.clear();
   tables_.Clear(step);
   const auto set = [&](const Segment& segment, int32_t row, int32_t stored) {
     tables_.SetRow(row, manager_.Pages(segment.request), stored);
@@ -119,6 +121,7 @@ void StreamingLlmStrategy::BeginStep(const StepView& step) {
     std::ranges::fill(state.Host(cache_position_).first(static_cast<size_t>(step.rows)), 0);
   for (const Segment& segment : step.decode) {
     const auto [sinks, window] = manager_.Budget(segment.request);
+    budgets.push_back(sinks + window);
     const int32_t position = segment.start_position;
     const int32_t stored = std::min(position, sinks + window);
     set(segment, segment.first_row, stored);
@@ -203,7 +206,7 @@ void StreamingLlmStrategy::Attend(const StepView& step, int32_t layer,
 DecodeCounts StreamingLlmStrategy::CollectDecode(const StepView& step, size_t index,
                                                  std::span<double> attended_by_layer) {
   const Segment& segment = step.decode[index];
-  const int32_t budget = manager_.Budget(segment.request).total();
+  const int32_t budget = decode_budget_[static_cast<size_t>(step.parity)][index];
   const double attended = std::min(segment.start_position, budget) + 1;
   for (double& layer : attended_by_layer) layer = attended;
   const bool evicts = segment.start_position >= budget;

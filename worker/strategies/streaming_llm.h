@@ -10,6 +10,7 @@
 #ifndef KVSWEEP_WORKER_STRATEGIES_STREAMING_LLM_H_
 #define KVSWEEP_WORKER_STRATEGIES_STREAMING_LLM_H_
 
+#include <array>
 #include <memory>
 #include <span>
 
@@ -59,6 +60,7 @@ class StreamingLlmStrategy : public CacheStrategy {
   StepState::Field rank_;            // [decode rows, longest budget], of the stored slots
   std::byte* memory_ = nullptr;
   AttentionPlan plan_;
+  std::array<std::vector<int32_t>, 2> decode_budget_;  // of each decode segment, by step parity
 };
 
 }  // namespace kvsweep

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -131,18 +132,21 @@ struct TestRun {
   std::vector<double> attended;               // by request, summed over decode steps and layers
   std::vector<int32_t> preemptions;           // by request
   TierBytes peak;
+  LinkBytes traffic;
   int32_t steps = 0;
+  int32_t steps_ahead = 0;  // of these, begun while another was under way
 };
 
 // Called after each executed step.
 using StepHook = std::function<void(const StepPlan&, const StepResult&)>;
 
-// Serves the requests, checking the planner's invariants after every step.
+// Serves the requests, checking the planner's invariants after every step. With `run_ahead` each
+// step begins before the one before is finished, unless the strategy needs the host.
 inline absl::StatusOr<TestRun> RunRequests(Backend* backend, const LoadedModel& model,
                                            const Arm& arm, const EngineOptions& options,
                                            const std::vector<TestRequest>& requests,
                                            const std::vector<int32_t>& calibration,
-                                           const StepHook& hook = {}) {
+                                           const StepHook& hook = {}, bool run_ahead = false) {
   absl::StatusOr<std::unique_ptr<InferenceEngine>> created =
       InferenceEngine::Create(backend, &model, arm, options, calibration);
   if (!created.ok()) return created.status();
@@ -167,25 +171,58 @@ inline absl::StatusOr<TestRun> RunRequests(Backend* backend, const LoadedModel& 
           << "request " << id << " cannot fit";
     }
   };
-  for (arrive(); !batcher.idle() || arrived < requests.size(); arrive(), ++run.steps) {
-    const StepPlan& plan = batcher.Plan();
-    if (!plan.empty()) {
-      absl::StatusOr<StepResult> result = engine.Execute(plan);
-      if (!result.ok()) return result.status();
-      for (size_t i = 0; i < plan.decode.size(); ++i) {
-        run.attended[static_cast<size_t>(plan.decode[i].request)] +=
-            engine.CollectDecode(i, {}).attended;
-      }
-      if (hook) hook(plan, *result);
-    }
-    const StepEffects& effects = batcher.Complete();
-    for (RequestId id : effects.finished) {
+  std::deque<std::vector<RequestId>> ended;  // by the steps under way
+  const auto read_outputs = [&] {
+    for (const RequestId id : ended.front()) {
       const std::span<const int32_t> tokens = engine.Tokens(id);
       const TestRequest& request = requests[static_cast<size_t>(id)];
       const auto first = static_cast<std::ptrdiff_t>(request.prompt.size());
       run.outputs[static_cast<size_t>(id)].assign(tokens.begin() + first, tokens.end());
       engine.RemoveSequence(id);
     }
+    ended.pop_front();
+  };
+  const auto finish = [&]() -> absl::Status {
+    const absl::StatusOr<StepResult> result = engine.Finish();
+    if (!result.ok()) return result.status();
+    for (size_t i = 0; i < result->plan->decode.size(); ++i) {
+      run.attended[static_cast<size_t>(result->plan->decode[i].request)] +=
+          engine.CollectDecode(i, {}).attended;
+    }
+    if (hook) hook(*result->plan, *result);
+    return absl::OkStatus();
+  };
+  const auto finish_early = [&]() -> absl::Status {
+    while (engine.steps_under_way() > 0) {
+      if (absl::Status status = finish(); !status.ok()) return status;
+      read_outputs();
+    }
+    return absl::OkStatus();
+  };
+  for (arrive(); !batcher.idle() || arrived < requests.size(); arrive(), ++run.steps) {
+    if (engine.strategy().NeedsHost()) {
+      if (absl::Status status = finish_early(); !status.ok()) return status;
+    }
+    const StepPlan& plan = batcher.Plan();
+    bool ahead = false;
+    if (!plan.empty()) {
+      if (engine.strategy().NeedsHost()) {
+        if (absl::Status status = finish_early(); !status.ok()) return status;
+      }
+      run.steps_ahead += engine.steps_under_way();
+      if (absl::Status status = engine.Begin(plan); !status.ok()) return status;
+      ahead = run_ahead && !engine.strategy().NeedsHost();
+      while (engine.steps_under_way() > 1) {
+        if (absl::Status status = finish(); !status.ok()) return status;
+        read_outputs();
+      }
+      if (!ahead) {
+        if (absl::Status status = finish(); !status.ok()) return status;
+      }
+    }
+    const StepEffects& effects = batcher.Complete();
+    ended.push_back(effects.finished);
+    if (!ahead) read_outputs();
     batcher.CheckInvariants();
     const TierBytes reserved = engine.manager().ReservedBytes();
     KVSWEEP_CHECK_LE(reserved.device, options.device_bytes);
@@ -194,6 +231,8 @@ inline absl::StatusOr<TestRun> RunRequests(Backend* backend, const LoadedModel& 
     run.peak.host = std::max(run.peak.host, reserved.host);
     KVSWEEP_CHECK_LT(run.steps, 1'000'000) << "no end in sight";
   }
+  if (absl::Status status = finish_early(); !status.ok()) return status;
+  run.traffic = engine.CacheTraffic().value();
   for (size_t i = 0; i < requests.size(); ++i) {
     run.preemptions.push_back(batcher.tally(static_cast<RequestId>(i)).preemptions);
   }

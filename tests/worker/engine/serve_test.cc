@@ -55,7 +55,7 @@ class ServeTest : public testing::Test {
                bool open_loop = true, size_t sink_rows = 1'000'000, size_t samples = 1) {
     const std::unique_ptr<InferenceEngine> engine = stories_.MakeEngine(arm, engine_options);
     SimulatedClock clock;
-    options.clock = options.modelled = &clock;
+    if (options.clock == nullptr) options.clock = options.modelled = &clock;
     const ServeSchedule schedule{.requests = requests,
                                  .copy_prompt =
                                      [this, samples](size_t index, std::span<int32_t> prompt) {
@@ -406,6 +406,79 @@ TEST_F(ServeTest, CancelAndAFullSinkEndTheServing) {
   EXPECT_EQ(cancelled.result.end, ServeResult::End::kCancelled);
   EXPECT_LT(cancelled.result.completed, 10);
   const Served full = Serve(PagedArm(), Options(4 * kMiB), requests, {}, true, 4);
+  EXPECT_EQ(full.result.end, ServeResult::End::kSinkFull);
+  EXPECT_EQ(full.rows.size(), 4u);
+}
+
+// With one step ahead requests meet in other batches, but say the same, and their books are whole.
+TEST_F(ServeTest, RunningAheadChangesNoOutput) {
+  std::vector<ServeRequest> samples;
+  for (const ServeRequest& request : Requests(5, kNsPerMs, 12)) {
+    for (uint32_t sample = 0; sample < 3; ++sample) {
+      samples.push_back(request);
+      samples.back().sample = sample;
+    }
+  }
+  std::vector<ServeRequest> closed_loop = Requests(12, 0, 5);
+  for (size_t i = 3; i < closed_loop.size(); ++i) {
+    closed_loop[i].after_ended = static_cast<uint32_t>(i - 2);
+  }
+  Arm swapping = PagedArm();
+  swapping.mutable_paged()->set_preemption(Paged::PREEMPTION_SWAP);
+  Arm caching = PagedArm();
+  caching.mutable_paged()->set_block_size(4);
+  caching.mutable_paged()->set_prefix_caching(Paged::PREFIX_CACHING_SHARED);
+  struct Case {
+    Arm arm;
+    uint64_t device_bytes;
+    std::vector<ServeRequest> requests;
+    size_t samples = 1;
+  };
+  const std::vector<Case> cases = {
+      {PagedArm(), 256 << 10, Requests(12, 0, 3)},
+      {swapping, 300 << 10, Requests(12, 0, 3)},
+      {PagedArm(), 4 * kMiB, samples, 3},
+      {PagedArm(), 4 * kMiB, closed_loop},
+      {caching, 4 * kMiB, Chats(6, 1)},
+      {H2oArm(0.5, 0.5, BUDGET_BASE_FIXED, 32), 4 * kMiB, Requests(8, kNsPerMs, 4)}};
+  for (size_t i = 0; i < cases.size(); ++i) {
+    SCOPED_TRACE(testing::Message() << "case " << i);
+    const auto& [arm, device_bytes, requests, per_prompt] = cases[i];
+    const auto serve = [&](const ServeOptions& options) {
+      return Serve(arm, Options(device_bytes), requests, options, true, 1'000'000, per_prompt);
+    };
+    const Served waiting = serve({});
+    const Served ahead = serve({.clock = &RealClock::Get(), .run_ahead = true});
+    ASSERT_EQ(ahead.rows.size(), requests.size());
+    EXPECT_EQ(ahead.result.completed, waiting.result.completed);
+    EXPECT_LE(ahead.result.gap_ns.size(), static_cast<size_t>(ahead.result.steps) - 1);
+    EXPECT_GT(ahead.result.stepped_ns, 0);
+    std::map<uint32_t, RequestRow> rows;
+    for (const RequestRow& row : waiting.rows) rows[row.index()] = row;
+    for (const RequestRow& row : ahead.rows) {
+      SCOPED_TRACE(row.DebugString());
+      EXPECT_EQ(row.output_digest(), rows[row.index()].output_digest());
+      EXPECT_EQ(row.tokens_evicted(), rows[row.index()].tokens_evicted());
+      EXPECT_EQ(row.engaged(), rows[row.index()].engaged());
+      EXPECT_EQ(row.token_gap_ns_size() + 1, static_cast<int>(row.output_tokens()));
+      EXPECT_GE(row.first_token_ns(), row.admitted_ns());
+    }
+  }
+}
+
+TEST_F(ServeTest, AServingThatRunsAheadEndsEarlyWithWholeBooks) {
+  const std::vector<ServeRequest> requests = Requests(10, 0, 8);
+  std::atomic<bool> cancel = false;
+  const Served cancelled = Serve(PagedArm(), Options(4 * kMiB), requests,
+                                 {.clock = &RealClock::Get(),
+                                  .cancel = &cancel,
+                                  .progress = [&](size_t done) { cancel = done >= 3; },
+                                  .run_ahead = true});
+  EXPECT_EQ(cancelled.result.end, ServeResult::End::kCancelled);
+  EXPECT_EQ(cancelled.rows.size(), 10u);
+  EXPECT_EQ(cancelled.result.completed + cancelled.result.unfinished, 10);
+  const Served full = Serve(PagedArm(), Options(4 * kMiB), requests,
+                            {.clock = &RealClock::Get(), .run_ahead = true}, true, 4);
   EXPECT_EQ(full.result.end, ServeResult::End::kSinkFull);
   EXPECT_EQ(full.rows.size(), 4u);
 }

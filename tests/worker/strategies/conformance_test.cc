@@ -133,6 +133,56 @@ TEST(StreamOrderTest, ChangesNothing) {
   }
 }
 
+// Law: a step that begins before the one before is finished changes nothing, whatever order the
+// streams run in. Budgets are scarce, so that requests lose their memory while their last token is
+// still unknown; and slots are few, so that others take theirs over.
+TEST(RunAheadTest, ChangesNothing) {
+  Arm swapping = PagedArm(4);
+  swapping.mutable_paged()->set_preemption(Paged::PREEMPTION_SWAP);
+  Arm own_columns = InfinigenArm({.alpha = 2, .max_kv_ratio = 0.2});
+  own_columns.mutable_infinigen()->set_columns(Infinigen::COLUMNS_REQUEST);
+  own_columns.mutable_infinigen()->set_prefill_history(Infinigen::PREFILL_HISTORY_WHOLE);
+  Arm staged = InfinigenArm({.alpha = 2, .max_kv_ratio = 0.2});
+  staged.mutable_infinigen()->set_gather(Infinigen::GATHER_STAGED);
+  const std::vector<Arm> arms = {
+      PagedArm(4),          swapping,
+      H2oArm(0.1, 0.1),     SwappingH2oArm(0.3, 0.3),
+      StreamingLlmArm(0.2), InfinigenArm({.alpha = 2, .max_kv_ratio = 0.2}),
+      own_columns,          staged};
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    const auto backend = MakeBackend(
+        {.threads = 1, .batch_invariant = true, .shuffle_streams = seed > 0, .stream_seed = seed});
+    const auto model = LoadModel(backend.get(), "stories260K");
+    Random random(61 + seed);
+    const std::vector<int32_t> calibration = RandomIds(random, 256, 512);
+    const std::vector<TestRequest> requests = RandomRequests(random, 9, 512, 60, 40);
+    for (size_t i = 0; i < arms.size(); ++i) {
+      SCOPED_TRACE(testing::Message() << "arm " << i << " seed " << seed);
+      EngineOptions options = SmallEngine(128);
+      options.max_sequences = 4;
+      options.graphs = seed % 2 == 0;
+      absl::StatusOr<std::unique_ptr<InferenceEngine>> engine =
+          InferenceEngine::Create(backend.get(), model.get(), arms[i], options, calibration);
+      ASSERT_TRUE(engine.ok()) << engine.status();
+      const KvManager& manager = (*engine)->manager();
+      options.device_bytes =
+          manager.FixedBytes().device + 5 * manager.PeakBytes({60, 40}).device / 2;
+      engine->reset();
+      const absl::StatusOr<TestRun> waiting =
+          RunRequests(backend.get(), *model, arms[i], options, requests, calibration);
+      const absl::StatusOr<TestRun> ahead = RunRequests(
+          backend.get(), *model, arms[i], options, requests, calibration, {}, /*run_ahead=*/true);
+      ASSERT_TRUE(waiting.ok() && ahead.ok()) << waiting.status() << ahead.status();
+      EXPECT_EQ(ahead->outputs, waiting->outputs);
+      EXPECT_EQ(ahead->attended, waiting->attended);
+      EXPECT_EQ(ahead->traffic.to_host, waiting->traffic.to_host);
+      EXPECT_EQ(waiting->steps_ahead, 0);
+      const bool packs = &arms[i] == &arms.back();  // the host's work in every step
+      EXPECT_GT(ahead->steps_ahead, packs ? -1 : ahead->steps / 3);
+    }
+  }
+}
+
 // Law: reserved bytes never exceed the budget, and every request completes under pressure. Swept
 // over random budgets.
 TEST(PressureTest, EveryRequestCompletesWithinItsBudget) {

@@ -659,35 +659,65 @@ EngineOptions TightEngine(Backend* backend, const LoadedModel& model, const Arm&
   return options;
 }
 
+// In every order of the streams: a missing wait would show as another token.
 TEST(H2oPreemptionTest, ASwappedRequestGoesOnAsIfNothingHadHappened) {
-  const auto backend = MakeBackend({.threads = 2, .batch_invariant = true});
-  const auto model = LoadModel(backend.get(), "stories260K");
   for (const uint32_t full_layers : {0u, 2u}) {
-    Random random(5);
-    const std::vector<TestRequest> requests = GrowingRequests(random, 512);
     const Arm arm = ArmOf(40, 40, [&](H2o* h) {
       h->set_preemption(H2o::PREEMPTION_SWAP);
       h->set_full_layers(full_layers);
       h->set_positions(full_layers > 0 ? H2o::POSITIONS_ROLLING : H2o::POSITIONS_ORIGINAL);
     });
-    const absl::StatusOr<TestRun> ample =
-        RunRequests(backend.get(), *model, arm, SmallEngine(128), requests, {});
-    ASSERT_TRUE(ample.ok()) << ample.status();
-    EXPECT_THAT(ample->preemptions, Each(0));
-    uint64_t to_host = 0;
-    uint64_t to_device = 0;
-    const absl::StatusOr<TestRun> tight =
-        RunRequests(backend.get(), *model, arm, TightEngine(backend.get(), *model, arm), requests,
-                    {}, [&](const StepPlan&, const StepResult& result) {
-                      to_host += result.kv_bytes_to_host;
-                      to_device += result.kv_bytes_to_device;
-                    });
-    ASSERT_TRUE(tight.ok()) << tight.status();
-    EXPECT_GT(std::ranges::max(tight->preemptions), 0);
-    EXPECT_EQ(tight->outputs, ample->outputs);
-    EXPECT_GT(to_host, 0u);
-    EXPECT_EQ(to_host, to_device) << "what goes out comes back";
+    std::vector<std::vector<int32_t>> expected;
+    for (uint64_t seed = 0; seed <= 8; ++seed) {
+      const auto backend = MakeBackend({.threads = 2,
+                                        .batch_invariant = true,
+                                        .shuffle_streams = seed > 0,
+                                        .stream_seed = seed});
+      const auto model = LoadModel(backend.get(), "stories260K");
+      Random random(5);
+      const std::vector<TestRequest> requests = GrowingRequests(random, 512);
+      if (expected.empty()) {
+        const absl::StatusOr<TestRun> ample =
+            RunRequests(backend.get(), *model, arm, SmallEngine(128), requests, {});
+        ASSERT_TRUE(ample.ok()) << ample.status();
+        EXPECT_THAT(ample->preemptions, Each(0));
+        expected = ample->outputs;
+      }
+      const absl::StatusOr<TestRun> tight = RunRequests(
+          backend.get(), *model, arm, TightEngine(backend.get(), *model, arm), requests, {});
+      ASSERT_TRUE(tight.ok()) << tight.status();
+      EXPECT_GT(std::ranges::max(tight->preemptions), 0);
+      EXPECT_EQ(tight->outputs, expected) << "seed " << seed;
+      EXPECT_GT(tight->traffic.to_host, 0u);
+      // What goes out comes back; the lists of pages are a few bytes more.
+      EXPECT_GE(tight->traffic.to_device, tight->traffic.to_host);
+      if (seed > 0) continue;
+      EXPECT_LT(static_cast<double>(tight->traffic.to_device),
+                1.01 * static_cast<double>(tight->traffic.to_host));
+    }
   }
+}
+
+// Others decode while a request comes back, and it joins them when its copy has landed.
+TEST(H2oPreemptionTest, SwapInOverlapsDecodes) {
+  DeviceProfile profile = *FindDeviceProfile("laptop");
+  profile.link_bytes_per_s = 2e8;
+  const auto backend = MakeBackend({.threads = 2, .batch_invariant = true, .modelled = profile});
+  const auto model = LoadModel(backend.get(), "stories260K");
+  Random random(5);
+  const Arm arm = ArmOf(40, 40, [&](H2o* h) { h->set_preemption(H2o::PREEMPTION_SWAP); });
+  int overlapped = 0;
+  const absl::StatusOr<TestRun> run = RunRequests(
+      backend.get(), *model, arm, TightEngine(backend.get(), *model, arm),
+      GrowingRequests(random, 512), {}, [&](const StepPlan& plan, const StepResult&) {
+        const auto in_step = [&](RequestId id) {
+          const auto is = [&](const Segment& segment) { return segment.request == id; };
+          return std::ranges::any_of(plan.decode, is) || std::ranges::any_of(plan.prefill, is);
+        };
+        overlapped += !plan.decode.empty() && !std::ranges::all_of(plan.admitted, in_step);
+      });
+  ASSERT_TRUE(run.ok()) << run.status();
+  EXPECT_GT(overlapped, 0);
 }
 
 // Without room on the host a victim starts anew; so it does with preemption: recompute. Everybody
@@ -747,6 +777,7 @@ TEST(H2oHostTierTest, EveryKeptEntryCrossesTheLinkOnceAStep) {
     ASSERT_TRUE(batcher.Add(id, {10 + 20 * id, 40}, 40));
   }
   const uint64_t entry_bytes = 2 * 8 * sizeof(float) * 4 * 5;  // K and V, 4 heads of 8, 5 layers
+  LinkBytes before;
   while (!batcher.idle()) {
     const StepPlan& plan = batcher.Plan();
     const absl::StatusOr<StepResult> result = engine.Execute(plan);
@@ -759,10 +790,12 @@ TEST(H2oHostTierTest, EveryKeptEntryCrossesTheLinkOnceAStep) {
       written += slots == 23 ? 2 : 1;  // the new row, and the promoted one
       EXPECT_EQ(engine.CollectDecode(i, {}).fetched, static_cast<double>(5 * slots));
     }
+    const LinkBytes traffic = engine.CacheTraffic().value();
     if (plan.prefill.empty()) {
-      EXPECT_EQ(result->kv_bytes_to_device, stored * entry_bytes);
-      EXPECT_EQ(result->kv_bytes_to_host, written * entry_bytes);
+      EXPECT_EQ(traffic.to_device - before.to_device, stored * entry_bytes);
+      EXPECT_EQ(traffic.to_host - before.to_host, written * entry_bytes);
     }
+    before = traffic;
     batcher.Complete();
   }
 }

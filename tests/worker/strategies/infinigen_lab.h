@@ -202,9 +202,9 @@ class Lab {
                              .start_position = held_[id]++});
     }
     if (auto* observing = dynamic_cast<ObservingBackend*>(&backend_)) observing->BeginStep();
+    const LinkBytes before = engine_->CacheTraffic().value();
     absl::StatusOr<StepResult> result = engine_->Execute(plan);
     KVSWEEP_CHECK_OK(result);
-    last_ = *result;
     counts.clear();
     for (size_t i = 0; i < ids.size(); ++i) counts.push_back(engine_->CollectDecode(i, {}));
     const auto vocabulary = static_cast<size_t>(engine_->config().vocabulary);
@@ -213,10 +213,12 @@ class Lab {
       const auto row = result->logits.subspan(i * vocabulary, vocabulary);
       logits.emplace_back(row.begin(), row.end());
     }
+    const LinkBytes after = engine_->CacheTraffic().value();
+    traffic_ = {after.to_device - before.to_device, after.to_host - before.to_host};
     return logits;
   }
 
-  const StepResult& last() const { return last_; }
+  const LinkBytes& traffic() const { return traffic_; }  // of the last step of decodes
   int32_t held(RequestId id) const { return held_.at(id); }
   std::vector<DecodeCounts> counts;  // of the last step, by row
 
@@ -226,7 +228,7 @@ class Lab {
   std::unique_ptr<InferenceEngine> engine_;
   std::map<RequestId, RequestShape> shapes_;
   std::map<RequestId, int32_t> held_;
-  StepResult last_;
+  LinkBytes traffic_;
 };
 
 // Held-out text of a books model, as ids.

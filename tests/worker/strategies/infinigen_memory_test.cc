@@ -53,9 +53,9 @@ TEST(InfinigenMemoryTest, LinkBytesAreTheFormula) {
             }
           }
         }
-        EXPECT_EQ(lab.last().kv_bytes_to_device, rows * row);
+        EXPECT_EQ(lab.traffic().to_device, rows * row);
         const uint64_t partial = all ? 0 : 3 * 3 * 24 * static_cast<uint64_t>(DTypeBytes(dtype));
-        EXPECT_EQ(lab.last().kv_bytes_to_host, 3 * (5 * 3 * row + partial));
+        EXPECT_EQ(lab.traffic().to_host, 3 * (5 * 3 * row + partial));
       }
     }
   }
