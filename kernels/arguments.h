@@ -119,6 +119,9 @@ struct CopyBlocksArgs {
 // Stores keys (and values) of T tokens into a view, converting to its dtype: token t goes to slot
 // slot[t] of block table row table_row[t], or, slot_by_head, head h to slot[t, h]; table_row -1: not
 // stored. Also the way into the host tier (on Stream::kDeviceToHost).
+//
+// With `rotary` its rows are turned first, as by Rotary, in the same launch where the keys are its
+// last heads and the target is on the device.
 struct AppendArgs {
   KvView target;
   Activations key;                     // [T, Hk, d]
@@ -126,7 +129,8 @@ struct AppendArgs {
   const int32_t* table_row = nullptr;  // [T], device
   const int32_t* slot = nullptr;       // [T] or [T, Hk], device
   bool slot_by_head = false;
-  int32_t rows = 0;  // T
+  RotaryArgs rotary;  // data nullptr: nothing is turned
+  int32_t rows = 0;   // T
   int32_t kv_heads = 0;
   int32_t head_dim = 0;
 };

@@ -133,8 +133,10 @@ Cost AppendCost(const AppendArgs& args, int64_t stored, double element_bytes, bo
   const double rows = Product(static_cast<double>(stored), args.kv_heads);
   const double read = rows * RowElements(args.target, args.head_dim) * element_bytes;
   const double written = rows * RowBytes(args.target, args.head_dim);
-  return host_target ? Cost{.device_bytes = read, .link_bytes = written}
-                     : Cost{.device_bytes = read + written};
+  Cost cost = host_target ? Cost{.device_bytes = read, .link_bytes = written}
+                          : Cost{.device_bytes = read + written};
+  if (args.rotary.data.data != nullptr) cost += RotaryCost(args.rotary, element_bytes);
+  return cost;
 }
 
 Cost DecodeAttentionCost(const DecodeAttentionArgs& args, int64_t entries, double element_bytes,

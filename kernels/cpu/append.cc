@@ -28,6 +28,7 @@ absl::Status CheckTarget(const AppendArgs& args, int64_t row, int head) {
 }  // namespace
 
 absl::Status Run(const AppendArgs& args, Context& context) {
+  if (args.rotary.data.data != nullptr) RETURN_IF_ERROR(Run(args.rotary, context));
   const KvView& target = args.target;
   for (int32_t row = 0; row < args.rows; ++row) {
     if (args.table_row[row] < 0) continue;

@@ -117,6 +117,7 @@ void Check(const AppendArgs& args) {
   const int64_t columns = int64_t{args.kv_heads} * args.head_dim;
   CheckActivations(args.key, args.rows, columns);
   if (args.target.value != nullptr) CheckActivations(args.value, args.rows, columns);
+  if (args.rotary.data.data != nullptr) Check(args.rotary);
   KVSWEEP_CHECK(args.rows == 0 || (args.table_row != nullptr && args.slot != nullptr));
 }
 void Check(const DecodeAttentionArgs& args) {

@@ -1,16 +1,19 @@
 // Rows of the embedding tables, and rows of activations by index.
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace kvsweep::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 
 // One block a row; kWidth elements an access.
 template <typename T, int kWidth>
-__global__ void EmbedKernel(EmbedArgs args) {
+__global__ void EmbedKernel(const __grid_constant__ EmbedArgs args) {
   using Elements = Vector<T, kWidth>;
+  ReleaseLaterKernels();
+  WaitForEarlierKernels();
   const int64_t row = blockIdx.x;
   const int32_t named = args.token_id[row];
   const int64_t token = named >= 0 ? named : args.sampled[-1 - named];
@@ -35,8 +38,10 @@ __global__ void EmbedKernel(EmbedArgs args) {
 }
 
 template <typename T, int kWidth>
-__global__ void TakeRowsKernel(TakeRowsArgs args) {
+__global__ void TakeRowsKernel(const __grid_constant__ TakeRowsArgs args) {
   using Elements = Vector<T, kWidth>;
+  ReleaseLaterKernels();
+  WaitForEarlierKernels();
   const int64_t row = blockIdx.x;
   const int64_t source = args.row[row];
   const T* const in = static_cast<const T*>(args.in.data) + source * args.in.stride;
@@ -53,26 +58,24 @@ __global__ void TakeRowsKernel(TakeRowsArgs args) {
 }  // namespace
 
 cudaError_t Launch(const EmbedArgs& args, const LaunchContext& context) {
-  WithActivations(context.activation_dtype, [&](auto element) {
+  return WithActivations(context.activation_dtype, [&](auto element) {
     using T = decltype(element);
     const bool wide = CanVectorise<T>(args.out.data, args.out.stride, args.columns) &&
                       CanVectorise<T>(args.table, args.columns, args.columns) &&
                       CanVectorise<T>(args.position_table, args.columns, args.columns);
     const auto kernel = wide ? EmbedKernel<T, kVectorElements<T>> : EmbedKernel<T, 1>;
-    kernel<<<static_cast<unsigned>(args.rows), kThreads, 0, context.stream>>>(args);
+    return LaunchDependent(context, kernel, static_cast<unsigned>(args.rows), kThreads, 0, args);
   });
-  return cudaGetLastError();
 }
 
 cudaError_t Launch(const TakeRowsArgs& args, const LaunchContext& context) {
-  WithActivations(context.activation_dtype, [&](auto element) {
+  return WithActivations(context.activation_dtype, [&](auto element) {
     using T = decltype(element);
     const bool wide = CanVectorise<T>(args.out.data, args.out.stride, args.columns) &&
                       CanVectorise<T>(args.in.data, args.in.stride, args.columns);
     const auto kernel = wide ? TakeRowsKernel<T, kVectorElements<T>> : TakeRowsKernel<T, 1>;
-    kernel<<<static_cast<unsigned>(args.rows), kThreads, 0, context.stream>>>(args);
+    return LaunchDependent(context, kernel, static_cast<unsigned>(args.rows), kThreads, 0, args);
   });
-  return cudaGetLastError();
 }
 
 }  // namespace kvsweep::cuda

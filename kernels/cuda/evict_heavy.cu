@@ -1,9 +1,13 @@
 // H2O's step after decode attention, fused: a block takes one row and KV head, updates the scores
 // of all its slots, finds the least of the heavy ones on the way, and puts the new token in its
-// place.
+// place. Its time is that of memory's answers in turn, so whatever may be needed is asked for at
+// once: where slots lie, ahead of the earlier kernel's end; then probabilities, scores, positions
+// and both rows that may move. After one reduction nothing is left but to write.
 #include <cmath>
 
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/select.cuh"
 #include "kernels/cuda/views.cuh"
 
 namespace kvsweep::cuda {
@@ -14,6 +18,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kBatch = 4;  // slots that a thread has under way
 constexpr int32_t kNowhere = -1;
 
 // One row and KV head.
@@ -21,13 +26,19 @@ struct Head {
   const EvictHeavyArgs& args;
   int64_t row;
   int32_t head;
+  int32_t query_position;  // of the new token
 
-  __device__ float& Score(int32_t slot) const {
-    return static_cast<float*>(args.score.data)[SlotOffset(args.score, row, slot, head)];
+  __device__ float& ScoreAt(int64_t offset) const {
+    return static_cast<float*>(args.score.data)[offset];
   }
-  __device__ int32_t& Position(int32_t slot) const {
-    return static_cast<int32_t*>(
-        args.slot_position.data)[SlotOffset(args.slot_position, row, slot, head)];
+  __device__ int32_t& PositionAt(int64_t offset) const {
+    return static_cast<int32_t*>(args.slot_position.data)[offset];
+  }
+  __device__ int64_t ScoreOffset(int32_t slot) const {
+    return SlotOffset(args.score, row, slot, head);
+  }
+  __device__ int64_t PositionOffset(int32_t slot) const {
+    return SlotOffset(args.slot_position, row, slot, head);
   }
   __device__ int32_t& Rank(int32_t slot) const {
     return static_cast<int32_t*>(args.rank.data)[SlotOffset(args.rank, row, slot, head)];
@@ -49,10 +60,10 @@ struct Head {
   __device__ float Kept(float value) const {
     return args.scoring.half ? RoundTo(DType::kF16, value) : value;
   }
-  // What a slot of this score is compared by.
-  __device__ float Worth(float score, int32_t slot) const {
+  // What a slot of this score and position is compared by.
+  __device__ float Worth(float score, int32_t position) const {
     if (!args.scoring.mean) return score;
-    return score / static_cast<float>(args.position[row] + 1 - Position(slot));
+    return score / static_cast<float>(query_position + 1 - position);
   }
 };
 
@@ -68,46 +79,47 @@ struct Least {
   }
 };
 
-__device__ Least BlockLeast(Least mine) {
+// Of a warp, in all its lanes: positions differ, so one lane owns the least.
+__device__ __forceinline__ Least WarpLeast(const Least& mine) {
+  const uint32_t key = mine.slot == kNowhere ? ~0u : OrderedKey(mine.worth);
+  const uint32_t least = __reduce_min_sync(~0u, key);
+  const uint32_t later =
+      key == least && mine.slot != kNowhere ? static_cast<uint32_t>(mine.position) + 1u : 0u;
+  const uint32_t latest = __reduce_max_sync(~0u, later);
+  const int owner =
+      __ffs(static_cast<int>(__ballot_sync(~0u, key == least && later == latest))) - 1;
+  return {__shfl_sync(~0u, mine.worth, owner), __shfl_sync(~0u, mine.position, owner),
+          __shfl_sync(~0u, mine.slot, owner)};
+}
+
+// Of the block, in all threads. Behind its barrier all that any thread read or wrote before is
+// done.
+__device__ Least BlockLeast(const Least& mine) {
   __shared__ Least of_warp[kWarps];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    Least other;
-    other.worth = __shfl_xor_sync(~0u, mine.worth, offset);
-    other.position = __shfl_xor_sync(~0u, mine.position, offset);
-    other.slot = __shfl_xor_sync(~0u, mine.slot, offset);
-    mine.Take(other);
-  }
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
+  const Least warp = WarpLeast(mine);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = warp;
   __syncthreads();
-  Least all = of_warp[0];
-  for (int w = 1; w < kWarps; ++w) all.Take(of_warp[w]);
-  return all;
+  const int lane = threadIdx.x % 32;
+  return WarpLeast(lane < kWarps ? of_warp[lane] : Least{});
 }
 
 // What each thread holds of the rows that may move: elements of a key, then of its value.
 constexpr int kElements = 2;  // of a thread; 2 d <= kElements * kThreads
 
-// Elements of the new token, and of the row in slot `slot` unless that is kNowhere.
-struct MovedRows {
-  float fresh[kElements];
-  float leaving[kElements];
+// Elements of a row of the view, or of the new token.
+struct MovedRow {
+  float element[kElements];
 
-  __device__ void Load(const Head& at, int32_t slot, DType dtype) {
-    const int32_t d = at.args.head_dim;
-    const KvView& view = at.args.view;
-    const int64_t from = slot == kNowhere ? 0 : KvOffset(view, at.row, slot, at.head);
+  // load(is_value, column)
+  template <typename LoadOne>
+  __device__ __forceinline__ void Load(int32_t d, const LoadOne& load) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       const int32_t i = threadIdx.x + e * kThreads;
-      if (i >= 2 * d) continue;
-      const Activations& row = i < d ? at.args.key : at.args.value;
-      const int32_t column = i < d ? i : i - d;
-      fresh[e] = LoadElement(row.data, dtype, at.row * row.stride + int64_t{at.head} * d + column);
-      if (slot == kNowhere) continue;
-      leaving[e] = LoadElement(i < d ? view.key : view.value, view.dtype, from + column);
+      if (i < 2 * d) element[e] = load(i >= d, i < d ? i : i - d);
     }
   }
-  __device__ void Store(const Head& at, int32_t slot, const float (&elements)[kElements]) const {
+  __device__ __forceinline__ void Store(const Head& at, int32_t slot) const {
     const int32_t d = at.args.head_dim;
     const KvView& view = at.args.view;
     const int64_t to = KvOffset(view, at.row, slot, at.head);
@@ -115,65 +127,102 @@ struct MovedRows {
     for (int e = 0; e < kElements; ++e) {
       const int32_t i = threadIdx.x + e * kThreads;
       if (i >= 2 * d) continue;
-      StoreElement(i < d ? view.key : view.value, view.dtype, to + (i < d ? i : i - d),
-                   elements[e]);
+      StoreElement(i < d ? view.key : view.value, view.dtype, to + (i < d ? i : i - d), element[e]);
     }
   }
 };
 
-__global__ void __launch_bounds__(kThreads)
+// A batch of slots of one thread: base, base + kThreads, …
+struct Batch {
+  int64_t score[kBatch];
+  int64_t position[kBatch];
+
+  __device__ __forceinline__ void Find(const Head& at, int32_t base, int32_t stored) {
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int32_t slot = base + j * kThreads;
+      if (slot >= stored) continue;
+      score[j] = at.ScoreOffset(slot);
+      position[j] = at.PositionOffset(slot);
+    }
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, 4)
     EvictHeavyKernel(const __grid_constant__ EvictHeavyArgs args, DType dtype) {
-  __shared__ float shared_new_score;
-  const Head at{args, blockIdx.x / args.kv_heads, static_cast<int32_t>(blockIdx.x) % args.kv_heads};
-  if (!IsActive(args.row_active, at.row)) return;
+  ReleaseLaterKernels();
+  const int64_t row = blockIdx.x / args.kv_heads;
+  const bool active = IsActive(args.row_active, row);
+  const int32_t position = args.position[row];
+  const int32_t heavy = args.heavy[row];
+  const int32_t recent = args.recent[row];
+  const Head at{args, row, static_cast<int32_t>(blockIdx.x % args.kv_heads), position};
   const bool scored = args.score.data != nullptr;
+  const bool placed = args.slot_position.data != nullptr;
   const bool ranked = args.rank.data != nullptr;
-  const int32_t stored = KvLength(args.view, at.row, at.head);
-  const int32_t position = args.position[at.row];
-  const int32_t heavy = args.heavy[at.row];
-  const int32_t recent = args.recent[at.row];
+  const int32_t stored = active ? KvLength(args.view, row, at.head) : 0;
   const int32_t sinks = min(args.sinks, heavy);
   const bool full = position >= heavy + recent;
+  // The slot that the new token takes from the window is known at once.
+  const int32_t ring =
+      active && full && recent > 0 ? heavy + (position - heavy) % recent : kNowhere;
+  const int64_t ring_row = ring == kNowhere ? 0 : KvOffset(args.view, row, ring, at.head);
+  const int64_t ring_score = ring == kNowhere || !scored ? 0 : at.ScoreOffset(ring);
+  const int64_t ring_place = ring == kNowhere || !placed ? 0 : at.PositionOffset(ring);
+  Batch batch;
+  if (scored) batch.Find(at, threadIdx.x, stored);
+  WaitForEarlierKernels();
+  if (!active) return;
 
-  // The slot that the new token takes from the window is known at once: its row is on its way while
-  // the scores are looked at.
-  const int32_t ring = full && recent > 0 ? heavy + (position - heavy) % recent : kNowhere;
-  MovedRows rows;
-  rows.Load(at, ring, dtype);
-
+  MovedRow fresh;
+  fresh.Load(args.head_dim, [&](bool is_value, int32_t column) {
+    const Activations& from = is_value ? args.value : args.key;
+    return LoadElement(from.data, dtype,
+                       row * from.stride + int64_t{at.head} * args.head_dim + column);
+  });
+  MovedRow leaving;
+  if (ring != kNowhere) {
+    leaving.Load(args.head_dim, [&](bool is_value, int32_t column) {
+      return LoadElement(is_value ? args.view.value : args.view.key, args.view.dtype,
+                         ring_row + column);
+    });
+  }
+  const int32_t ring_position = ring != kNowhere && placed ? at.PositionAt(ring_place) : 0;
+  float new_score = 0.0f;
+  float kept_ring_score = 0.0f;
   Least mine;
   if (scored) {
-    if (threadIdx.x == 0) shared_new_score = at.Kept(at.Received(stored));
-    constexpr int kBatch = 4;  // slots that a thread reads before it writes the first
+    new_score = at.Kept(at.Received(stored));
+    if (ring != kNowhere) {
+      kept_ring_score = at.Kept(at.ScoreAt(ring_score) * args.scoring.decay + at.Received(ring));
+    }
     for (int32_t base = threadIdx.x; base < stored; base += kBatch * kThreads) {
-      float* place[kBatch];
+      if (base >= kBatch * kThreads) batch.Find(at, base, stored);
       float before[kBatch];
       float received[kBatch];
+      int32_t place[kBatch];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int32_t slot = min(base + j * kThreads, stored - 1);
-        place[j] = &at.Score(slot);
-        before[j] = *place[j];
+        const int32_t slot = base + j * kThreads;
+        if (slot >= stored) continue;
+        before[j] = at.ScoreAt(batch.score[j]);
         received[j] = at.Received(slot);
+        if (full && slot >= sinks && slot < heavy) place[j] = at.PositionAt(batch.position[j]);
       }
+      // The window's slot was read for all threads: nobody writes before everybody has.
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const int32_t slot = base + j * kThreads;
         if (slot >= stored) continue;
         const float kept = at.Kept(before[j] * args.scoring.decay + received[j]);
-        *place[j] = kept;
+        if (slot != ring) at.ScoreAt(batch.score[j]) = kept;
         if (full && slot >= sinks && slot < heavy) {
-          const float worth = at.Worth(kept, slot);
-          // Positions are looked up where they may decide.
-          if (mine.slot == kNowhere || worth <= mine.worth) {
-            mine.Take({worth, at.Position(slot), slot});
-          }
+          mine.Take({at.Worth(kept, place[j]), place[j], slot});
         }
       }
     }
   }
-  const Least least = BlockLeast(mine);  // a barrier: all scores are written
-  const float new_score = scored ? shared_new_score : 0.0f;
+  const Least least = BlockLeast(mine);
 
   int32_t target = position;  // of the new token
   int32_t leaves = position;  // slot of the token that leaves
@@ -184,14 +233,15 @@ __global__ void __launch_bounds__(kThreads)
       if (least.slot == kNowhere || (!args.promote && !(new_score > least.worth))) return;
     } else {
       target = ring;
-      const bool displaces = least.slot != kNowhere &&
-                             (args.promote || least.worth < at.Worth(at.Score(target), target));
+      const bool displaces =
+          least.slot != kNowhere &&
+          (args.promote || least.worth < at.Worth(kept_ring_score, ring_position));
       if (!displaces) leaves = target;
     }
-    const int32_t gone = ranked ? at.Rank(leaves) : 0;
-    const int32_t moved = ranked ? at.Rank(target) : 0;
-    __syncthreads();  // all threads have decided by scores, positions and ranks that now change
     if (ranked) {
+      const int32_t gone = at.Rank(leaves);
+      const int32_t moved = at.Rank(target);
+      __syncthreads();  // all threads have read the ranks that now change
       for (int32_t slot = threadIdx.x; slot < heavy + recent; slot += kThreads) {
         const int32_t rank = slot == leaves ? moved : at.Rank(slot);
         at.Rank(slot) = slot == target ? heavy + recent - 1 : rank - (rank > gone ? 1 : 0);
@@ -200,16 +250,16 @@ __global__ void __launch_bounds__(kThreads)
   } else if (ranked && threadIdx.x == 0) {
     at.Rank(position) = position;
   }
-  if (leaves != target) rows.Store(at, leaves, rows.leaving);
-  rows.Store(at, target, rows.fresh);
+  if (leaves != target) leaving.Store(at, leaves);
+  fresh.Store(at, target);
   if (threadIdx.x != 0) return;
   if (scored) {
-    if (leaves != target) at.Score(leaves) = at.Score(target);
-    at.Score(target) = new_score;
+    if (leaves != target) at.ScoreAt(at.ScoreOffset(leaves)) = kept_ring_score;
+    at.ScoreAt(at.ScoreOffset(target)) = new_score;
   }
-  if (args.slot_position.data != nullptr) {
-    if (leaves != target) at.Position(leaves) = at.Position(target);
-    at.Position(target) = position;
+  if (placed) {
+    if (leaves != target) at.PositionAt(at.PositionOffset(leaves)) = ring_position;
+    at.PositionAt(at.PositionOffset(target)) = position;
   }
 }
 
@@ -220,9 +270,9 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t Launch(const EvictHeavyArgs& args, const LaunchContext& context) {
   if (2 * args.head_dim > kElements * kThreads) return cudaErrorInvalidValue;
-  EvictHeavyKernel<<<args.rows * args.kv_heads, kThreads, 0, context.stream>>>(
-      args, context.activation_dtype);
-  return cudaGetLastError();
+  return LaunchDependent(context, EvictHeavyKernel,
+                         static_cast<unsigned>(args.rows * args.kv_heads), kThreads, 0, args,
+                         context.activation_dtype);
 }
 
 }  // namespace kvsweep::cuda

@@ -1,4 +1,5 @@
 // Keys and values of a group once for each of its query heads.
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -8,7 +9,9 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T>
-__global__ void RepeatHeadsKernel(RepeatHeadsArgs args) {
+__global__ void RepeatHeadsKernel(const __grid_constant__ RepeatHeadsArgs args) {
+  ReleaseLaterKernels();
+  WaitForEarlierKernels();
   const int64_t row = blockIdx.x;
   const T* const in = static_cast<const T*>(args.in.data) + row * args.in.stride;
   T* const out = static_cast<T*>(args.out.data) + row * args.out.stride;
@@ -22,11 +25,10 @@ __global__ void RepeatHeadsKernel(RepeatHeadsArgs args) {
 }  // namespace
 
 cudaError_t Launch(const RepeatHeadsArgs& args, const LaunchContext& context) {
-  WithActivations(context.activation_dtype, [&](auto element) {
-    RepeatHeadsKernel<decltype(element)>
-        <<<static_cast<unsigned>(args.rows), kThreads, 0, context.stream>>>(args);
+  return WithActivations(context.activation_dtype, [&](auto element) {
+    return LaunchDependent(context, RepeatHeadsKernel<decltype(element)>,
+                           static_cast<unsigned>(args.rows), kThreads, 0, args);
   });
-  return cudaGetLastError();
 }
 
 }  // namespace kvsweep::cuda

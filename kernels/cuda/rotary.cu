@@ -1,47 +1,32 @@
-// Rotary embedding in place: one block a row, whose sines and cosines serve all its heads.
-#include "kernels/cuda/device_math.cuh"
+// Rotary embedding in place.
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/rotary.cuh"
 
 namespace kvsweep::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kMaxHalf = 512;  // half of the largest head dimension
-
-template <typename T>
-__global__ void RotaryKernel(RotaryArgs args) {
-  __shared__ float cosine[kMaxHalf];
-  __shared__ float sine[kMaxHalf];
-  const int half = args.head_dim / 2;
-  const int64_t row = blockIdx.x;
-  const float position = static_cast<float>(args.position[row]);
-  for (int j = threadIdx.x; j < half; j += kThreads) {
-    // In f32, as the models' own code computes them.
-    sincosf(__fmul_rn(position, args.inverse_frequency[j]), &sine[j], &cosine[j]);
-  }
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kRotaryThreads)
+    RotaryKernel(const __grid_constant__ RotaryArgs args) {
+  __shared__ RotaryAngles angles;
+  ReleaseLaterKernels();
+  FindAngles(angles, args);
+  WaitForEarlierKernels();
   __syncthreads();
-  T* const data = static_cast<T*>(args.data.data) + row * args.data.stride;
-  for (int i = threadIdx.x; i < args.heads * half; i += kThreads) {
-    const int head = i / half;
-    const int j = i - head * half;
-    T* const low = data + int64_t{head} * args.head_dim + j;
-    T* const high = low + half;
-    const float x = ToFloat(*low);
-    const float y = ToFloat(*high);
-    *low = FromFloat<T>(x * cosine[j] - y * sine[j]);
-    *high = FromFloat<T>(y * cosine[j] + x * sine[j]);
-  }
+  RotateRow<T, kWidth>(angles, args, [](int, int, const Vector<T, kWidth>&) {});
 }
 
 }  // namespace
 
 cudaError_t Launch(const RotaryArgs& args, const LaunchContext& context) {
-  if (args.head_dim > 2 * kMaxHalf) return cudaErrorInvalidValue;
-  WithActivations(context.activation_dtype, [&](auto element) {
-    RotaryKernel<decltype(element)>
-        <<<static_cast<unsigned>(args.rows), kThreads, 0, context.stream>>>(args);
+  if (args.head_dim > 2 * kMostRotaryHalf) return cudaErrorInvalidValue;
+  return WithActivations(context.activation_dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto kernel =
+        CanRotateWide<T>(args) ? RotaryKernel<T, kVectorElements<T>> : RotaryKernel<T, 1>;
+    return LaunchDependent(context, kernel, RotaryGrid(args.rows), kRotaryThreads, 0, args);
   });
-  return cudaGetLastError();
 }
 
 }  // namespace kvsweep::cuda

@@ -13,16 +13,40 @@ Activations FromRow(const StrategyContext& context, const Activations& data, int
   return {static_cast<std::byte*>(data.data) + int64_t{row} * data.stride * bytes, data.stride};
 }
 
+namespace {
+
+// Of queries and keys, which lie side by side.
+RotaryArgs RotaryCall(const StrategyContext& context, const StepView& step,
+                      const AttentionInputs& inputs) {
+  return {.data = inputs.query,
+          .position = step.position,
+          .inverse_frequency = context.shape.inverse_frequency,
+          .rows = step.rows,
+          .heads = context.shape.query_heads + context.shape.kv_heads,
+          .head_dim = context.shape.head_dim};
+}
+
+}  // namespace
+
 void RotateQueriesAndKeys(const StrategyContext& context, const StepView& step,
                           const AttentionInputs& inputs) {
   if (!context.shape.rotary) return;
-  context.backend->Rotary({.data = inputs.query,
-                           .position = step.position,
-                           .inverse_frequency = context.shape.inverse_frequency,
-                           .rows = step.rows,
-                           .heads = context.shape.query_heads + context.shape.kv_heads,
-                           .head_dim = context.shape.head_dim},
-                          Stream::kCompute);
+  context.backend->Rotary(RotaryCall(context, step, inputs), Stream::kCompute);
+}
+
+void RotateAndAppend(const StrategyContext& context, const StepView& step,
+                     const AttentionInputs& inputs, const KvView& view,
+                     const SequenceTables& tables) {
+  AppendArgs append{.target = view,
+                    .key = inputs.key,
+                    .value = inputs.value,
+                    .table_row = tables.token_row(),
+                    .slot = tables.token_slot(),
+                    .rows = step.rows,
+                    .kv_heads = context.shape.kv_heads,
+                    .head_dim = context.shape.head_dim};
+  if (context.shape.rotary) append.rotary = RotaryCall(context, step, inputs);
+  context.backend->Append(append, Stream::kCompute);
 }
 
 DecodeAttentionArgs DecodeCall(const StrategyContext& context, const StepView& step,
@@ -77,8 +101,8 @@ absl::StatusOr<int32_t> PagesInBudget(uint64_t budget_bytes, uint64_t fixed_byte
     return absl::ResourceExhaustedError(
         absl::StrCat(field, ": ", arm, " takes ", fixed_bytes,
                      " bytes of fixed structures and at least one page of ", page_bytes, ", asked ",
-                     fixed_bytes + page_bytes, ", available ", budget_bytes,
-                     "; raise ", field, " or lower engine.max_num_seqs"));
+                     fixed_bytes + page_bytes, ", available ", budget_bytes, "; raise ", field,
+                     " or lower engine.max_num_seqs"));
   }
   const uint64_t pages = (budget_bytes - fixed_bytes) / page_bytes;
   return static_cast<int32_t>(std::min<uint64_t>(pages, std::numeric_limits<int32_t>::max() / 2));

@@ -4,6 +4,7 @@
 
 #include "kernels/backend.h"
 #include "worker/strategies/cache_strategy.h"
+#include "worker/strategies/sequence_tables.h"
 
 namespace kvsweep {
 
@@ -14,6 +15,11 @@ Activations FromRow(const StrategyContext& context, const Activations& data, int
 // positions.
 void RotateQueriesAndKeys(const StrategyContext& context, const StepView& step,
                           const AttentionInputs& inputs);
+
+// The same, and all rows' keys and values into their slots of `view`, in one operation.
+void RotateAndAppend(const StrategyContext& context, const StepView& step,
+                     const AttentionInputs& inputs, const KvView& view,
+                     const SequenceTables& tables);
 
 // Decode attention of the step's decode rows over `view` and each row's own key and value; the
 // caller adds what differs.

@@ -1,5 +1,6 @@
 // Operations that only move numbers, within a tier and between tiers: every byte must be the same.
 #include <algorithm>
+#include <cmath>
 
 #include "absl/strings/str_cat.h"
 #include "tests/kernels/conformance/conformance.h"
@@ -138,6 +139,14 @@ Outcome AppendCase(Side& side, Random& random) {
   const int64_t padding = Pick<int64_t>(random, {3, 8});
   args.key = side.PutRows(ExactFloats(random, args.rows * width), args.rows, width, padding);
   args.value = side.PutRows(ExactFloats(random, args.rows * width), args.rows, width, padding);
+  args.slot_by_head = random.Bernoulli(0.2);
+  if (args.slot_by_head) {
+    std::vector<int32_t> by_head;
+    for (const int32_t s : slot) {
+      for (int32_t h = 0; h < shape.kv_heads; ++h) by_head.push_back((s + h) % 64);
+    }
+    slot = by_head;
+  }
   args.table_row = side.Put(table_row);
   args.slot = side.Put(slot);
   side.Finish();
@@ -148,6 +157,92 @@ Outcome AppendCase(Side& side, Random& random) {
                                " ", DTypeName(shape.dtype), " layout ", shape.layout,
                                shape.tier == Tier::kHost ? " host" : "");
   outcome.Add("pool", PoolBytes(side, view));
+  return outcome;
+}
+
+// All elements of the pools, slots that hold nothing too.
+std::vector<float> PoolFloats(Side& side, const View& view) {
+  std::vector<float> values;
+  const int64_t bytes = view.elements * DTypeBytes(view.view.dtype);
+  for (std::byte* pool : {view.view.key, view.joined ? nullptr : view.view.value}) {
+    if (pool == nullptr) continue;
+    const std::vector<std::byte> elements = side.Get(pool, bytes);
+    std::vector<float> widened(static_cast<size_t>(view.elements));
+    ToFloats(elements.data(), view.view.dtype, widened);
+    values.insert(values.end(), widened.begin(), widened.end());
+  }
+  return values;
+}
+
+// Queries and keys side by side, turned and then stored; or rows turned that have nothing to do
+// with what is stored.
+Outcome RotateAndAppendCase(Side& side, Random& random) {
+  ViewShape shape;
+  shape.kv_heads = Pick(random, {1, 2, 8});
+  shape.head_dim = Pick(random, {2, 8, 40, 64, 128});
+  shape.block_size = Pick(random, {4, 16, 64});
+  shape.dtype = PickKvType(random);
+  shape.layout = Between(random, 0, 2);
+  shape.tier = random.Bernoulli(0.1) ? Tier::kHost : Tier::kDevice;
+  shape.lengths = {0, 20, -1, 64};
+  shape.room = 70;
+  const View view = MakeView(side, random, shape);
+  const int32_t rows = Pick(random, {1, 2, 33, 64, 65});
+  const int32_t query_heads = shape.kv_heads * Pick(random, {1, 2, 4, 7});
+  const int64_t key_width = int64_t{shape.kv_heads} * shape.head_dim;
+  const int64_t query_width = int64_t{query_heads} * shape.head_dim;
+  const int64_t width = query_width + 2 * key_width;
+  std::vector<float> frequency(shape.head_dim / 2);
+  for (size_t j = 0; j < frequency.size(); ++j) {
+    frequency[j] =
+        std::pow(10000.0f, -2.0f * static_cast<float>(j) / static_cast<float>(shape.head_dim));
+  }
+  std::vector<int32_t> position(rows);
+  std::vector<int32_t> table_row(rows);
+  std::vector<int32_t> slot(rows);
+  for (int32_t t = 0; t < rows; ++t) {
+    position[t] = Between(random, 0, 4000);
+    table_row[t] = Pick(random, {0, 1, 3, -1});
+    slot[t] = t;
+  }
+  const Activations row =
+      side.PutRows(ExactFloats(random, rows * width), rows, width, Pick<int64_t>(random, {3, 8}));
+  const auto columns = [&](int64_t first) {
+    const int64_t bytes = first * DTypeBytes(side.activation_dtype());
+    return Activations{static_cast<std::byte*>(row.data) + bytes, row.stride};
+  };
+  AppendArgs args;
+  args.target = view.view;
+  args.key = columns(query_width);
+  args.value = columns(query_width + key_width);
+  args.table_row = side.Put(table_row);
+  args.slot = side.Put(slot);
+  args.rows = rows;
+  args.kv_heads = shape.kv_heads;
+  args.head_dim = shape.head_dim;
+  const bool queries_alone = random.Bernoulli(0.1);
+  args.rotary = {.data = row,
+                 .position = side.Put(position),
+                 .inverse_frequency = side.Put(frequency),
+                 .rows = rows,
+                 .heads = queries_alone ? query_heads : query_heads + shape.kv_heads,
+                 .head_dim = shape.head_dim};
+  side.Finish();
+  side.backend().Append(args, Stream::kDeviceToHost);
+  side.Finish();
+  Outcome outcome;
+  outcome.shape =
+      absl::StrCat("rows ", rows, " heads ", query_heads, "/", shape.kv_heads, " d ",
+                   shape.head_dim, " ", DTypeName(shape.dtype), " layout ", shape.layout,
+                   shape.tier == Tier::kHost ? " host" : "", queries_alone ? " queries alone" : "");
+  outcome.Add("row", side.GetRows(row, rows, width), 8e-6, ActivationEpsilon());
+  // A turned key may fall on the other side of a rounding: then it is a place away.
+  const double place = shape.dtype == DType::kF32    ? 0x1p-23
+                       : shape.dtype == DType::kBf16 ? 0x1p-7
+                       : shape.dtype == DType::kF16  ? 0x1p-10
+                                                     : 0x1p-3;
+  const double least = shape.dtype == DType::kFp8E4m3 ? 0x1p-9 : 8e-6;
+  outcome.Add("pool", PoolFloats(side, view), least, ActivationEpsilon() + place);
   return outcome;
 }
 
@@ -200,6 +295,7 @@ Outcome RepeatCase(Side& side, Random& random) {
 TEST(Conformance, GatherRows) { Conform("GatherRows", 300, GatherCase); }
 TEST(Conformance, CopyTile) { Conform("CopyTile", 250, CopyTileCase); }
 TEST(Conformance, Append) { Conform("Append", 250, AppendCase); }
+TEST(Conformance, RotateAndAppend) { Conform("RotateAndAppend", 200, RotateAndAppendCase); }
 TEST(Conformance, CopyBlocks) { Conform("CopyBlocks", 100, CopyBlocksCase); }
 TEST(Conformance, RepeatHeads) { Conform("RepeatHeads", 100, RepeatCase); }
 
