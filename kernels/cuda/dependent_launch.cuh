@@ -62,12 +62,6 @@ cudaError_t LaunchDependent(const LaunchContext& context, void (*kernel)(Paramet
   return cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
 }
 
-// For the second and later kernels of one launcher.
-inline LaunchContext AfterKernel(LaunchContext context) {
-  context.follows_kernel = true;
-  return context;
-}
-
 }  // namespace kvsweep::cuda
 
 #endif  // KVSWEEP_KERNELS_CUDA_DEPENDENT_LAUNCH_CUH_

@@ -1,5 +1,6 @@
 // A projection of any shape and alignment: square tiles through shared memory, every output summed
 // column after column, so that it depends on its own row alone.
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/products.h"
 
@@ -10,10 +11,10 @@ constexpr int kTile = 32;    // outputs of a block in each direction, and column
 constexpr int kOutputs = 4;  // rows of a thread
 constexpr int kThreads = kTile * kTile / kOutputs;
 
-// Stores a finished sum: bias, activation, accumulation.
+// What a finished sum makes of an output: bias, activation, accumulation.
 template <typename Out>
-__device__ __forceinline__ void Finish(const GemmArgs& args, int64_t row, int column, float sum) {
-  Out* const out = static_cast<Out*>(args.out.data) + row * args.out.stride + column;
+__device__ __forceinline__ void FinishOutput(const GemmArgs& args, int column, float sum,
+                                             Out* out) {
   if (args.bias != nullptr) sum += args.bias[column];
   if (args.relu) sum = fmaxf(sum, 0.0f);
   if (args.accumulate) sum += ToFloat(*out);
@@ -24,6 +25,8 @@ template <typename T, typename Out>
 __global__ void __launch_bounds__(kThreads) GeneralProductKernel(GemmArgs args) {
   __shared__ float in[kTile][kTile + 1];      // [row, k]
   __shared__ float weight[kTile][kTile + 1];  // [column, k]
+  ReleaseLaterKernels();
+  WaitForEarlierKernels();
   const int lane = threadIdx.x % kTile;
   const int first = threadIdx.x / kTile * kOutputs;
   const int64_t row0 = int64_t{blockIdx.y} * kTile;
@@ -56,20 +59,47 @@ __global__ void __launch_bounds__(kThreads) GeneralProductKernel(GemmArgs args) 
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) {
     const int64_t row = row0 + first + i;
-    if (row < args.rows) Finish<Out>(args, row, static_cast<int>(column0) + lane, sum[i]);
+    if (row >= args.rows) break;
+    const int column = static_cast<int>(column0) + lane;
+    FinishOutput(args, column, sum[i],
+                 static_cast<Out*>(args.out.data) + row * args.out.stride + column);
   }
 }
 
-template <typename Out>
-__global__ void BiasKernel(GemmArgs args) {
+// kWidth neighbouring outputs a thread.
+template <typename Out, int kWidth>
+__global__ void __launch_bounds__(kThreads)
+    FinishKernel(GemmArgs args, const float* sums, int64_t sums_stride) {
+  ReleaseLaterKernels();
+  WaitForEarlierKernels();
   const int64_t row = blockIdx.y;
-  const int column = blockIdx.x * kThreads + threadIdx.x;
+  const int column = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
   if (column >= args.out_columns) return;
-  Out* const out = static_cast<Out*>(args.out.data) + row * args.out.stride + column;
-  float value = ToFloat(*out);
-  if (args.bias != nullptr) value += args.bias[column];
-  if (args.relu) value = fmaxf(value, 0.0f);
-  *out = FromFloat<Out>(value);
+  using Sums = Vector<float, kWidth>;
+  using Outputs = Vector<Out, kWidth>;
+  const Sums sum = *reinterpret_cast<const Sums*>(sums + row * sums_stride + column);
+  auto* const out =
+      reinterpret_cast<Outputs*>(static_cast<Out*>(args.out.data) + row * args.out.stride + column);
+  Outputs outputs = {};
+  if (args.accumulate) outputs = *out;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    FinishOutput(args, column + i, sum.element[i], &outputs.element[i]);
+  }
+  *out = outputs;
+}
+
+template <typename Out>
+cudaError_t LaunchFinishAs(const GemmArgs& args, const float* sums, int64_t sums_stride,
+                           const LaunchContext& context) {
+  constexpr int kWide = 4;
+  const bool wide = args.out_columns % kWide == 0 && args.out.stride % kWide == 0 &&
+                    reinterpret_cast<uintptr_t>(args.out.data) % (kWide * sizeof(Out)) == 0;
+  const dim3 grid(
+      static_cast<unsigned>(DivideUp(args.out_columns, int64_t{kThreads} * (wide ? kWide : 1))),
+      static_cast<unsigned>(args.rows));
+  const auto kernel = wide ? FinishKernel<Out, kWide> : FinishKernel<Out, 1>;
+  return LaunchDependent(context, kernel, grid, kThreads, 0, args, sums, sums_stride);
 }
 
 }  // namespace
@@ -77,25 +107,16 @@ __global__ void BiasKernel(GemmArgs args) {
 cudaError_t LaunchGeneralProduct(const GemmArgs& args, const LaunchContext& context) {
   const dim3 grid(static_cast<unsigned>(DivideUp(args.out_columns, kTile)),
                   static_cast<unsigned>(DivideUp(args.rows, kTile)));
-  if (context.weight_dtype == DType::kF32) {
-    GeneralProductKernel<float, float><<<grid, kThreads, 0, context.stream>>>(args);
-  } else if (args.f32_out) {
-    GeneralProductKernel<__nv_bfloat16, float><<<grid, kThreads, 0, context.stream>>>(args);
-  } else {
-    GeneralProductKernel<__nv_bfloat16, __nv_bfloat16><<<grid, kThreads, 0, context.stream>>>(args);
-  }
-  return cudaGetLastError();
+  const auto kernel = context.weight_dtype == DType::kF32 ? GeneralProductKernel<float, float>
+                      : args.f32_out ? GeneralProductKernel<__nv_bfloat16, float>
+                                     : GeneralProductKernel<__nv_bfloat16, __nv_bfloat16>;
+  return LaunchDependent(context, kernel, grid, kThreads, 0, args);
 }
 
-cudaError_t LaunchBias(const GemmArgs& args, const LaunchContext& context) {
-  const dim3 grid(static_cast<unsigned>(DivideUp(args.out_columns, kThreads)),
-                  static_cast<unsigned>(args.rows));
-  if (args.f32_out || context.activation_dtype == DType::kF32) {
-    BiasKernel<float><<<grid, kThreads, 0, context.stream>>>(args);
-  } else {
-    BiasKernel<__nv_bfloat16><<<grid, kThreads, 0, context.stream>>>(args);
-  }
-  return cudaGetLastError();
+cudaError_t LaunchFinish(const GemmArgs& args, const float* sums, int64_t sums_stride,
+                         const LaunchContext& context) {
+  return args.f32_out ? LaunchFinishAs<float>(args, sums, sums_stride, context)
+                      : LaunchFinishAs<__nv_bfloat16>(args, sums, sums_stride, context);
 }
 
 }  // namespace kvsweep::cuda

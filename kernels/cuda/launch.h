@@ -42,6 +42,12 @@ struct LaunchContext {
   unsigned long long* link_bytes = nullptr;
 };
 
+// For the second and later kernels of one launcher.
+inline LaunchContext AfterKernel(LaunchContext context) {
+  context.follows_kernel = true;
+  return context;
+}
+
 // Projections need more than a launch: products.h.
 
 cudaError_t Launch(const FillNormalArgs& args, const LaunchContext& context);

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "kernels/cuda/products.h"
 
 namespace kvsweep::cuda {
@@ -45,7 +47,7 @@ bool ProductLibrary::Takes(const GemmArgs& args, const LaunchContext& context) {
 
 // The library counts columns first: out^T [N, T] = weight [N, K] * in^T [K, T], where the row-major
 // weight is its own transpose.
-cublasStatus_t ProductLibrary::Choose(const GemmArgs& args, const LaunchContext& context,
+cublasStatus_t ProductLibrary::Choose(const GemmArgs& args, size_t workspace_bytes,
                                       Choice* choice) {
   const cublasOperation_t transposed = CUBLAS_OP_T;
   const cudaDataType_t out_type = args.f32_out ? CUDA_R_32F : CUDA_R_16BF;
@@ -71,7 +73,6 @@ cublasStatus_t ProductLibrary::Choose(const GemmArgs& args, const LaunchContext&
   cublasLtMatmulPreference_t preference = nullptr;
   status = cublasLtMatmulPreferenceCreate(&preference);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
-  const size_t workspace_bytes = context.workspace_bytes;
   cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                        &workspace_bytes, sizeof(workspace_bytes));
   cublasLtMatmulHeuristicResult_t result = {};
@@ -85,28 +86,52 @@ cublasStatus_t ProductLibrary::Choose(const GemmArgs& args, const LaunchContext&
   return CUBLAS_STATUS_SUCCESS;
 }
 
-cudaError_t ProductLibrary::Launch(const GemmArgs& args, const LaunchContext& context) {
+// Half of the workspace is the library's, half holds sums.
+cudaError_t ProductLibrary::Multiply(const GemmArgs& args, const LaunchContext& context) {
   if (handle_ == nullptr) {
     const cublasStatus_t status = cublasLtCreate(&handle_);
     if (status != CUBLAS_STATUS_SUCCESS) return ToCuda(status);
   }
+  const size_t workspace_bytes = context.workspace_bytes / 2;
   const Key key{args.rows,       args.out_columns, args.in_columns, args.in.stride,
                 args.out.stride, args.accumulate,  args.f32_out};
   auto found = choices_.find(key);
   if (found == choices_.end()) {
     found = choices_.emplace(key, Choice()).first;
-    const cublasStatus_t status = Choose(args, context, &found->second);
+    const cublasStatus_t status = Choose(args, workspace_bytes, &found->second);
     if (status != CUBLAS_STATUS_SUCCESS) return ToCuda(status);
   }
   const Choice& choice = found->second;
   const float one = 1.0f;
   const float kept = args.accumulate ? 1.0f : 0.0f;
-  const cublasStatus_t status =
-      cublasLtMatmul(handle_, choice.product, &one, args.weight, choice.weight, args.in.data,
-                     choice.in, &kept, args.out.data, choice.out, args.out.data, choice.out,
-                     &choice.algorithm, context.workspace, context.workspace_bytes, context.stream);
-  if (status != CUBLAS_STATUS_SUCCESS) return ToCuda(status);
-  return args.bias == nullptr && !args.relu ? cudaSuccess : LaunchBias(args, context);
+  return ToCuda(cublasLtMatmul(handle_, choice.product, &one, args.weight, choice.weight,
+                               args.in.data, choice.in, &kept, args.out.data, choice.out,
+                               args.out.data, choice.out, &choice.algorithm, context.workspace,
+                               workspace_bytes, context.stream));
+}
+
+cudaError_t ProductLibrary::Launch(const GemmArgs& args, const LaunchContext& context) {
+  if (args.bias == nullptr && !args.relu) return Multiply(args, context);
+  std::byte* const sums = context.workspace + context.workspace_bytes / 2;
+  const int64_t stride = (args.out_columns + kAlignment - 1) / kAlignment * kAlignment;
+  const int64_t fitting = static_cast<int64_t>(context.workspace_bytes / 2) / (4 * stride);
+  if (fitting == 0) return cudaErrorNotSupported;
+  for (int64_t row = 0; row < args.rows; row += fitting) {
+    GemmArgs part = args;
+    part.rows = static_cast<int32_t>(std::min(fitting, args.rows - row));
+    part.in.data = static_cast<std::byte*>(args.in.data) + row * args.in.stride * 2;
+    part.out.data =
+        static_cast<std::byte*>(args.out.data) + row * args.out.stride * (args.f32_out ? 4 : 2);
+    GemmArgs product = part;
+    product.out = {.data = sums, .stride = stride};
+    product.f32_out = true;
+    product.accumulate = false;
+    cudaError_t error = Multiply(product, context);
+    if (error != cudaSuccess) return error;
+    error = LaunchFinish(part, reinterpret_cast<const float*>(sums), stride, AfterKernel(context));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace kvsweep::cuda

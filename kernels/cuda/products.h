@@ -7,6 +7,7 @@
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <tuple>
@@ -27,10 +28,14 @@ bool IsSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
 // output is summed depends on the weights' shape and on the device alone, never on the rows.
 cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
 
-// out += bias (accumulating products), or out = activation(out + bias).
-cudaError_t LaunchBias(const GemmArgs& args, const LaunchContext& context);
+// The end of a product whose `sums` [T, N] (rows sums_stride apart, 16-byte aligned) are there:
+// out = activation(sums + bias), added to what out holds if accumulate.
+cudaError_t LaunchFinish(const GemmArgs& args, const float* sums, int64_t sums_stride,
+                         const LaunchContext& context);
 
-// cuBLASLt, with the algorithm of each shape chosen once. One thread.
+// cuBLASLt, with the algorithm of each shape chosen once. Where a bias or an activation follows,
+// sums stay f32 until then, in the workspace and some rows at a time, so that outputs are rounded
+// once. One thread.
 class ProductLibrary {
  public:
   ProductLibrary() = default;
@@ -47,7 +52,9 @@ class ProductLibrary {
   struct Choice;
   // rows, out columns, in columns, strides of in and out, accumulate, f32 out
   using Key = std::tuple<int32_t, int32_t, int32_t, int64_t, int64_t, bool, bool>;
-  cublasStatus_t Choose(const GemmArgs& args, const LaunchContext& context, Choice* choice);
+  cublasStatus_t Choose(const GemmArgs& args, size_t workspace_bytes, Choice* choice);
+  // The product alone, without bias and activation.
+  cudaError_t Multiply(const GemmArgs& args, const LaunchContext& context);
 
   cublasLtHandle_t handle_ = nullptr;
   std::map<Key, Choice> choices_;
