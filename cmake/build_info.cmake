@@ -11,6 +11,7 @@ foreach(extension IN ITEMS cc h cu cuh)
     ${SOURCE_DIR}/kernels/*.${extension}
     ${SOURCE_DIR}/worker/engine/*.${extension}
     ${SOURCE_DIR}/worker/strategies/*.${extension}
+    ${SOURCE_DIR}/worker/telemetry/*.${extension}
     ${SOURCE_DIR}/worker/runner/*.${extension}
     ${SOURCE_DIR}/experiments/workload*.${extension}
     ${SOURCE_DIR}/base/random.${extension})

@@ -77,6 +77,7 @@ struct BackendInfo {
   std::string driver;
   std::string pci_address;  // of the device; empty: it is none on a bus
   std::string host_memory;  // where Tier::kHost lies, where that is a choice: for people
+  bool beside_host = false;  // works while the host does something else, as soon as work is enqueued
   uint64_t device_memory_bytes = 0;
   DType activation_dtype = DType::kF32;
   DType weight_dtype = DType::kF32;  // of matrices and embedding tables
@@ -106,8 +107,9 @@ class Backend {
   virtual absl::Status WaitAll() = 0;
 
   // Whether the event's latest record has been reached, without waiting (true if it was never
-  // recorded). On the CPU backend what stands before it is computed now; in modelled time the answer
-  // is that of the instant at which the host's last wait ended.
+  // recorded). On the CPU backend what stands before it is computed now, or, where a seed orders the
+  // streams, perhaps later; in modelled time the answer is that of the instant at which the host's
+  // last wait ended.
   virtual bool Reached(Event event) = 0;
   // Nanoseconds between the latest records of two events of one stream, both reached, on the device's
   // own clock (modelled in modelled time).

@@ -19,6 +19,7 @@
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/products.h"
+#include "kernels/cuda/read_bandwidth.h"
 
 namespace kvsweep {
 namespace {
@@ -262,6 +263,7 @@ absl::Status CudaBackend::Open() {
            .driver = absl::StrCat("CUDA driver ", VersionText(driver), ", runtime ",
                                   VersionText(runtime)),
            .pci_address = PciAddress(options_.device),
+           .beside_host = true,
            .device_memory_bytes = options_.device_memory_bytes > 0 ? options_.device_memory_bytes
                                                                    : properties.totalGlobalMem,
            .activation_dtype = options_.dtype,
@@ -733,6 +735,13 @@ absl::Status ProbeCuda(int device) {
                                                       "; 8.0 or newer is needed"));
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<double>> MeasureCudaReading(int device) {
+  RETURN_IF_ERROR(ProbeCuda(device));
+  std::vector<double> rates;
+  RETURN_IF_ERROR(ToStatus(cuda::MeasureReading(device, &rates), "reading the device's memory"));
+  return rates;
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaBackendOptions& options) {

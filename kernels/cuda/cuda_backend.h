@@ -18,6 +18,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -38,6 +39,10 @@ struct CudaBackendOptions {
 // Whether a device is here that CreateCudaBackend can use. FailedPrecondition with the reason: no
 // driver, one that is too old (with both versions), no device, or an older architecture.
 absl::Status ProbeCuda(int device = 0);
+
+// Bytes a second at which a device reads memory that no cache holds, several samples. Takes up to 8
+// GiB of it for as long. Errors as of ProbeCuda.
+absl::StatusOr<std::vector<double>> MeasureCudaReading(int device = 0);
 
 // Errors as of ProbeCuda; InvalidArgument for a dtype other than kBf16 and kF32.
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaBackendOptions& options);
