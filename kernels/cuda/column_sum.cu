@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/column_sum.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace kvsweep::cuda {
@@ -19,44 +20,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kColumns = 128;
 constexpr int kHalf = 64;  // columns of one pass over a tile of queries
 static_assert(kColumnSumRows == 32 * kWarps);
-
-// One past the last column.
-__host__ __device__ __forceinline__ int LastColumn(const ColumnSumArgs& args) {
-  const int64_t end = int64_t{args.keys.first_token} + args.keys.max_tokens;
-  const int64_t seen = int64_t{args.history_tokens} + args.rows;
-  return static_cast<int>(end < seen ? end : seen);
-}
-
-// The first tile of rows that columns from `first` on take from. Rows before the column do not see
-// it; of scores that do not last, only the last row is seen.
-__device__ __forceinline__ int FirstTile(const ColumnSumArgs& args, int first) {
-  if (args.scoring.decay == 0.0f) {
-    return (args.history_tokens + args.rows - 1) / kColumnSumRows;
-  }
-  return max(first, args.history_tokens) / kColumnSumRows;
-}
-
-// Row one past the last of the tile that begins at row `tile_row` (which may lie before row 0).
-__device__ __forceinline__ int TileEnd(const ColumnSumArgs& args, int tile_row) {
-  return min(tile_row + kColumnSumRows, args.rows);
-}
-
-// Logarithm to base 2 of what a row's weight shrinks to by the end of its tile.
-__device__ __forceinline__ float Fading(const ColumnSumArgs& args, int tile_row, int row) {
-  if (args.scoring.decay == 1.0f) return 0.0f;
-  const int later = TileEnd(args, tile_row) - 1 - row;
-  return later == 0 ? 0.0f : static_cast<float>(later) * log2f(args.scoring.decay);
-}
-
-// The score after a tile of rows whose sum is `sum`.
-__device__ __forceinline__ float AddTile(const ColumnSumArgs& args, int tile_row, float score,
-                                         float sum) {
-  const float decay = args.scoring.decay;
-  if (decay != 1.0f) {
-    score *= powf(decay, static_cast<float>(TileEnd(args, tile_row) - max(tile_row, 0)));
-  }
-  return args.scoring.half ? RoundTo(DType::kF16, score + sum) : score + sum;
-}
 
 template <int D>
 constexpr int kSharedBytes = (kColumns + 2 * kColumnSumRows) * (D + kRowPadding) * 2;
@@ -141,26 +104,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int part = 0; part < kColumns / kHalf; ++part) {
       float weight[2][kHalf / 8][4] = {};
-#pragma unroll
-      for (int k = 0; k < D / 16; ++k) {
-        uint32_t a[2][4];
-        LoadMatrices(a[0], query_address + k * 16 * sizeof(T));
-        LoadMatrices(a[1], query_address + (16 * kRow + k * 16) * sizeof(T));
-#pragma unroll
-        for (int n = 0; n < kHalf / 16; ++n) {
-          uint32_t b[4];
-          LoadMatrices(b, key_address + ((part * kHalf + n * 16) * kRow + k * 16) * sizeof(T));
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            float(&low)[4] = weight[m][2 * n];
-            float(&high)[4] = weight[m][2 * n + 1];
-            Multiply<T>(low[0], low[1], low[2], low[3], a[m][0], a[m][1], a[m][2], a[m][3], b[0],
-                        b[1]);
-            Multiply<T>(high[0], high[1], high[2], high[3], a[m][0], a[m][1], a[m][2], a[m][3],
-                        b[2], b[3]);
-          }
-        }
-      }
+      MultiplyRows<T, D, kHalf>(weight, query_address,
+                                key_address + part * kHalf * kRow * sizeof(T));
 #pragma unroll
       for (int n = 0; n < kHalf / 8; ++n) {
 #pragma unroll

@@ -81,6 +81,35 @@ __device__ __forceinline__ void MultiplyEight(float& c0, float& c1, uint32_t a0,
   Multiply<T>(c0, c1, unused0, unused1, a0, 0u, a2, 0u, b0, b1);
 }
 
+// c [32, N] += a [32, D] * b [N, D]^T by one warp, rows padded: c[m][n] is the fragment of rows 16
+// * m and columns 8 * n on. A lane gives the address of its row of both: row lane % 16, column lane
+// / 16
+// * 8 of a; row lane / 16 * 8 + lane % 8, column lane / 8 % 2 * 8 of b.
+template <typename T, int D, int N>
+__device__ __forceinline__ void MultiplyRows(float (&c)[2][N / 8][4], uint32_t a_address,
+                                             uint32_t b_address) {
+  constexpr int kRow = D + kRowPadding;
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    uint32_t a[2][4];
+    LoadMatrices(a[0], a_address + k * 16 * sizeof(T));
+    LoadMatrices(a[1], a_address + (16 * kRow + k * 16) * sizeof(T));
+#pragma unroll
+    for (int n = 0; n < N / 16; ++n) {
+      uint32_t b[4];
+      LoadMatrices(b, b_address + (n * 16 * kRow + k * 16) * sizeof(T));
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        float(&low)[4] = c[m][2 * n];
+        float(&high)[4] = c[m][2 * n + 1];
+        Multiply<T>(low[0], low[1], low[2], low[3], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
+        Multiply<T>(high[0], high[1], high[2], high[3], a[m][0], a[m][1], a[m][2], a[m][3], b[2],
+                    b[3]);
+      }
+    }
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ uint32_t Pack(float low, float high) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {

@@ -123,26 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t offset = tile % 2 * 2 * kTileBytes;
 
     float score[2][kTile / 8][4] = {};
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      uint32_t a[2][4];
-      LoadMatrices(a[0], query_address + k * 16 * sizeof(T));
-      LoadMatrices(a[1], query_address + (16 * kRow + k * 16) * sizeof(T));
-#pragma unroll
-      for (int n = 0; n < kTile / 16; ++n) {
-        uint32_t b[4];
-        LoadMatrices(b, key_address + offset + (n * 16 * kRow + k * 16) * sizeof(T));
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          float(&low)[4] = score[m][2 * n];
-          float(&high)[4] = score[m][2 * n + 1];
-          Multiply<T>(low[0], low[1], low[2], low[3], a[m][0], a[m][1], a[m][2], a[m][3], b[0],
-                      b[1]);
-          Multiply<T>(high[0], high[1], high[2], high[3], a[m][0], a[m][1], a[m][2], a[m][3], b[2],
-                      b[3]);
-        }
-      }
-    }
+    MultiplyRows<T, D, kTile>(score, query_address, key_address + offset);
     // Only tiles that the first row of this warp does not see whole need a look at each element.
     if (tile * kTile + kTile > Visible(args, warp_row)) {
 #pragma unroll
