@@ -1,18 +1,16 @@
-// A projection of few rows, bound by reading the weights once.
+// A projection of few rows, bound by reading the weights once: for every architecture.
 //
-// A persistent block takes a contiguous share of all (tile of 128 outputs, 64 columns) units, so
-// every multiprocessor reads equally much whatever the shape. Weights stream through a ring in
-// shared memory in which each thread copies and reads its own sixteen bytes: deep, and without a
-// barrier. They feed the tensor cores as they lie: the columns inside a group of 32 are taken in
-// another order, the same for weights and activations, in which a thread's fragments are
-// contiguous.
-//
-// A tile that several blocks share is summed from their parts by the last of them to arrive, in the
-// order of the columns. So the order depends on the weights' shape and the number of blocks alone.
+// A unit is 128 outputs x 64 columns; product_shares.cuh says who multiplies which. Weights stream
+// through a ring in shared memory in which each thread copies and reads its own sixteen bytes:
+// deep, and without a barrier. They feed the tensor cores as they lie: the columns inside a group
+// of 32 are taken in another order, the same for weights and activations, in which a thread's
+// fragments are contiguous.
 #include <algorithm>
 
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/product_shares.cuh"
 #include "kernels/cuda/products.h"
 
 namespace kvsweep::cuda {
@@ -25,23 +23,6 @@ constexpr int kColumnWarps = 2;  // 32 columns of a unit each
 constexpr int kThreads = kWarp * kOutputWarps * kColumnWarps;
 constexpr int kPieces = 4;  // rows lane / 4 + {0, 8, 16, 24} of the warp's 32
 constexpr int kStages = 8;
-
-struct Shares {
-  int64_t units = 0;  // of a tile
-  int64_t total = 0;
-  int64_t blocks = 1;
-
-  __host__ __device__ int64_t Begin(int64_t block) const { return total * block / blocks; }
-  // The block that has `unit`.
-  __host__ __device__ int64_t Holder(int64_t unit) const {
-    return ((unit + 1) * blocks - 1) / total;
-  }
-};
-
-struct Workspace {
-  float* part = nullptr;       // [blocks, 2, floats of a part]
-  uint32_t* ticket = nullptr;  // [tiles], zero between launches
-};
 
 __device__ __forceinline__ void Multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -63,14 +44,12 @@ struct Accumulators {
   }
 };
 
-// Adds up an output and stores it.
+// Ends an output and stores it.
 template <typename Out>
 __device__ __forceinline__ void StoreOutput(const GemmArgs& args, int64_t row, int64_t column,
-                                            float value) {
+                                            float sum, float bias) {
   Out* const out = static_cast<Out*>(args.out.data) + row * args.out.stride + column;
-  if (args.relu) value = fmaxf(value, 0.0f);
-  if (args.accumulate) value += ToFloat(*out);
-  *out = FromFloat<Out>(value);
+  *out = FromFloat<Out>(FinishSum(args, sum, bias, args.accumulate ? ToFloat(*out) : 0.0f));
 }
 
 template <int kTokenTiles>
@@ -91,11 +70,11 @@ __device__ __forceinline__ void StoreTile(const GemmArgs& args, int64_t tile,
         for (int i = 0; i < 2; ++i) {
           const int row = t * 8 + lane % 4 * 2 + i;
           if (row >= args.rows) continue;
-          const float value = all.sum[half][t][pair * 2 + i] + bias;
+          const float sum = all.sum[half][t][pair * 2 + i];
           if (args.f32_out) {
-            StoreOutput<float>(args, row, column, value);
+            StoreOutput<float>(args, row, column, sum, bias);
           } else {
-            StoreOutput<__nv_bfloat16>(args, row, column, value);
+            StoreOutput<__nv_bfloat16>(args, row, column, sum, bias);
           }
         }
       }
@@ -112,12 +91,13 @@ constexpr size_t SharedBytes() {
 
 template <int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, 1)
-    SkinnyProductKernel(GemmArgs args, Shares shares, Workspace workspace) {
+    SkinnyProductKernel(GemmArgs args, Shares shares, ProductWorkspace workspace) {
   using Sums = Accumulators<kTokenTiles>;
   extern __shared__ __align__(16) unsigned char shared[];
   uint4* const ring = reinterpret_cast<uint4*>(shared);  // [stages, pieces, threads]
   float* const joined = reinterpret_cast<float*>(shared + kStages * kPieces * kThreads * 16);
   __shared__ bool is_last;
+  ReleaseLaterKernels();
 
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -167,7 +147,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
+  // Weights are constants of the model.
   for (int stage = 0; stage < kStages - 1; ++stage) copy_next(stage);
+  WaitForEarlierKernels();
   Sums all;
   all.Clear();
   int64_t tile = begin / shares.units;
@@ -214,9 +196,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     __syncthreads();
-    const int64_t tile_begin = tile * shares.units;
-    const int64_t first_block = shares.Holder(tile_begin);
-    const int64_t last_block = shares.Holder(tile_begin + shares.units - 1);
+    constexpr int kPartFloats = Sums::kFloats * kWarp * kOutputWarps;
+    const int64_t first_block = shares.FirstBlock(tile);
+    const int64_t last_block = shares.LastBlock(tile);
     const bool shared_tile = first_block != last_block;
     if (column_warp == 0) {
 #pragma unroll
@@ -226,11 +208,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!shared_tile) {
         StoreTile(args, tile, all, output_warp, lane);
       } else {
-        const int which = tile == begin / shares.units ? 0 : 1;
         float* const part =
-            workspace.part +
-            (int64_t{blockIdx.x} * 2 + which) * Sums::kFloats * kWarp * kOutputWarps +
-            output_warp * kWarp + lane;
+            workspace.Part(shares, blockIdx.x, tile, kPartFloats) + output_warp * kWarp + lane;
 #pragma unroll
         for (int i = 0; i < Sums::kFloats; ++i) {
           __stcg(part + i * kWarp * kOutputWarps, (&all.sum[0][0][0])[i]);
@@ -241,19 +220,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     if (shared_tile) {
       if (threadIdx.x == 0) {
-        const auto parts = static_cast<uint32_t>(last_block - first_block + 1);
-        is_last = atomicAdd(&workspace.ticket[tile], 1u) + 1 == parts;
-        if (is_last) workspace.ticket[tile] = 0;
+        is_last = TakeLastTicket(workspace.ticket + tile, last_block - first_block + 1);
       }
       __syncthreads();
       if (is_last && column_warp == 0) {
         __threadfence();
         all.Clear();
         for (int64_t block = first_block; block <= last_block; ++block) {
-          const int which = tile == shares.Begin(block) / shares.units ? 0 : 1;
-          const float* const part = workspace.part +
-                                    (block * 2 + which) * Sums::kFloats * kWarp * kOutputWarps +
-                                    output_warp * kWarp + lane;
+          const float* const part =
+              workspace.Part(shares, block, tile, kPartFloats) + output_warp * kWarp + lane;
 #pragma unroll
           for (int i = 0; i < Sums::kFloats; ++i) {
             (&all.sum[0][0][0])[i] += __ldcg(part + i * kWarp * kOutputWarps);
@@ -271,22 +246,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kTokenTiles>
 cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
   Shares shares;
-  shares.units = DivideUp(args.in_columns, kUnitColumns);
-  const int64_t tiles = DivideUp(args.out_columns, kTileOutputs);
-  shares.total = shares.units * tiles;
-  shares.blocks = std::min<int64_t>(context.multiprocessors, shares.total);
-  const size_t part_bytes = size_t{Accumulators<kTokenTiles>::kFloats} * kWarp * kOutputWarps * 4;
-  const bool fits = 2 * static_cast<size_t>(shares.blocks) * part_bytes <= context.workspace_bytes;
-  if (!fits || tiles > context.ticket_count) return cudaErrorInvalidValue;
+  ProductWorkspace workspace;
+  cudaError_t error = ShareProduct(
+      DivideUp(args.out_columns, kTileOutputs), DivideUp(args.in_columns, kUnitColumns),
+      Accumulators<kTokenTiles>::kFloats * kWarp * kOutputWarps, context, &shares, &workspace);
+  if (error != cudaSuccess) return error;
   constexpr size_t kShared = SharedBytes<kTokenTiles>();
   const auto kernel = SkinnyProductKernel<kTokenTiles>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared));
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(kShared));
   if (error != cudaSuccess) return error;
-  const Workspace workspace{reinterpret_cast<float*>(context.workspace), context.tickets};
-  kernel<<<static_cast<unsigned>(shares.blocks), kThreads, kShared, context.stream>>>(args, shares,
-                                                                                      workspace);
-  return cudaGetLastError();
+  return LaunchDependent(context, kernel, dim3(static_cast<unsigned>(shares.blocks)), kThreads,
+                         kShared, args, shares, workspace);
 }
 
 cudaError_t LaunchRows(const GemmArgs& args, const LaunchContext& context) {
@@ -311,7 +282,7 @@ cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& conte
     part.in.data = static_cast<std::byte*>(args.in.data) + row * args.in.stride * 2;
     part.out.data =
         static_cast<std::byte*>(args.out.data) + row * args.out.stride * (args.f32_out ? 4 : 2);
-    const cudaError_t error = LaunchRows(part, context);
+    const cudaError_t error = LaunchRows(part, row == 0 ? context : AfterKernel(context));
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
