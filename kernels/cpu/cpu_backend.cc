@@ -227,6 +227,12 @@ absl::Status CpuBackend::WaitAll() {
   return TakeError();
 }
 
+// Modelled time alone decides when there is one; otherwise chance may, where it orders the streams.
+bool CpuBackend::Reached(Event event) {
+  if (!options_.modelled.has_value() && scheduler_.Lags(event)) return false;
+  return scheduler_.Reached(event);
+}
+
 double CpuBackend::ElapsedNs(Event from, Event to) const {
   return options_.modelled.has_value() ? scheduler_.ModelledNs(to) - scheduler_.ModelledNs(from)
                                        : scheduler_.WallNs(to) - scheduler_.WallNs(from);

@@ -175,6 +175,12 @@ bool StreamScheduler::Reached(Event event) {
   return record_[record].time_ns <= host_ns_;
 }
 
+bool StreamScheduler::Lags(Event event) {
+  const int32_t record = event_record_.at(static_cast<size_t>(event.index));
+  if (!random_.has_value() || record < 0 || record_[record].reached) return false;
+  return random_->Uniform(ranking_lasts_) != 0;
+}
+
 const StreamScheduler::Record& StreamScheduler::ReachedRecord(Event event) const {
   const int32_t record = event_record_.at(static_cast<size_t>(event.index));
   KVSWEEP_CHECK(record >= 0 && record_[record].reached) << "event " << event.index;

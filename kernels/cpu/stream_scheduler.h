@@ -78,6 +78,9 @@ class StreamScheduler {
   // Runs work until the event's latest record is reached, without the host waiting: whether that lies
   // in its modelled past.
   bool Reached(Event event);
+  // With a seed: whether chance lets an event that has not been reached wait for longer, as a busy
+  // device would.
+  bool Lags(Event event);
 
   // When the event's latest record was reached, in modelled time and by the clock. REQUIRES: it was.
   double ModelledNs(Event event) const { return ReachedRecord(event).time_ns; }

@@ -79,6 +79,15 @@ absl::Status H2oStrategy::AllocateMemory() {
     ASSIGN_OR_RETURN(memory_.host,
                      AllocateFor(context_, Tier::kHost, host_bytes, "h2o pages on the host"));
   }
+  if (layout.swap_pages > 0) {
+    transfers_.emplace(
+        context_.backend,
+        PageTransfers::Memory{.device = memory_.pages,
+                              .host = memory_.host,
+                              .lists = memory_.scratch + layout.scratch.swap_lists,
+                              .page_bytes = static_cast<int64_t>(layout.page_bytes()),
+                              .most_pages = layout.swapped_pages});
+  }
   if (on_host()) {
     ring_.emplace(context_.backend, memory_.scratch + layout.scratch.ring, context_.kv_dtype,
                   layout.ring_tokens, layout.heads, context_.shape.head_dim);
@@ -87,6 +96,7 @@ absl::Status H2oStrategy::AllocateMemory() {
 }
 
 H2oStrategy::~H2oStrategy() {
+  transfers_.reset();  // before the memory that its copies use
   for (std::byte* memory : {memory_.scratch, memory_.pages, memory_.host}) {
     context_.backend->Free(memory);
   }
@@ -196,20 +206,27 @@ int32_t H2oStrategy::TileCount(const StepView& step) const {
 // -------------------------------------------------------------------------------------------------
 // step
 
-// On the compute stream and in the order of the decisions: a page that was given to somebody else
-// is read before he writes it.
-void H2oStrategy::MovePages() {
-  const uint64_t bytes = manager_.layout().page_bytes();
-  for (const PageMove& move : manager_.TakeMoves()) {
-    std::byte* const device = memory_.pages + static_cast<uint64_t>(move.device) * bytes;
-    std::byte* const host = memory_.host + static_cast<uint64_t>(move.host) * bytes;
-    context_.backend->Copy(move.to_host ? host : device, move.to_host ? device : host, bytes,
-                           Stream::kCompute);
-  }
+void H2oStrategy::MoveMemory(const StepView& step) {
+  if (!transfers_) return;
+  transfers_->EnqueueOuts(&manager_.swaps());
+  transfers_->EnqueueIns(&manager_.swaps());
+  // Decodes overlap the copies, but those of what they bring.
+  const auto arrived = [&](const Segment& segment) { return manager_.Arrived(segment.request); };
+  if (!std::ranges::all_of(step.decode, arrived)) transfers_->AwaitArrivals();
+}
+
+bool H2oStrategy::NeedsHost() const {
+  return transfers_ && (transfers_->under_way() || manager_.swaps().pending());
+}
+
+void H2oStrategy::StepDone() {
+  const int32_t landed = transfers_ ? transfers_->StepDone() : 0;
+  for (int32_t batch = 0; batch < landed; ++batch) manager_.SwapInsLanded();
 }
 
 void H2oStrategy::BeginStep(const StepView& step) {
-  MovePages();
+  std::vector<int32_t>& budgets = decode_budget_[static_cast<size_t>(step.parity)];
+  budgets.clear();
   StepState& state = *context_.step_state;
   tables_.Clear(step);
   if (full_tables_) full_tables_->Clear(step);
@@ -230,6 +247,7 @@ void H2oStrategy::BeginStep(const StepView& step) {
   for (const Segment& segment : step.decode) {
     const auto row = static_cast<size_t>(segment.first_row);
     const H2oBudget budget = manager_.Budget(segment.request);
+    budgets.push_back(budget.total());
     state.Host(arrays_.position)[row] = segment.start_position;
     state.Host(arrays_.heavy)[row] = budget.heavy;
     state.Host(arrays_.recent)[row] = budget.recent;
@@ -310,17 +328,8 @@ void H2oStrategy::Attend(const StepView& step, int32_t layer, const AttentionInp
 void H2oStrategy::AttendFullLayer(const StepView& step, int32_t layer,
                                   const AttentionInputs& inputs, const Activations& out) {
   Backend& backend = *context_.backend;
-  RotateQueriesAndKeys(context_, step, inputs);
   const KvView view = FullView(layer);
-  backend.Append({.target = view,
-                  .key = inputs.key,
-                  .value = inputs.value,
-                  .table_row = full_tables_->token_row(),
-                  .slot = full_tables_->token_slot(),
-                  .rows = step.rows,
-                  .kv_heads = context_.shape.kv_heads,
-                  .head_dim = context_.shape.head_dim},
-                 Stream::kCompute);
+  RotateAndAppend(context_, step, inputs, view, *full_tables_);
   if (step.decode_rows > 0) {
     backend.DecodeAttention(DecodeCall(context_, step, inputs, out, view, full_plan_),
                             Stream::kCompute);
@@ -518,7 +527,7 @@ void H2oStrategy::AddColumnSums(const PrefillAttentionArgs& attention, int32_t r
 DecodeCounts H2oStrategy::CollectDecode(const StepView& step, size_t index,
                                         std::span<double> attended_by_layer) {
   const Segment& segment = step.decode[index];
-  const int32_t capacity = manager_.Budget(segment.request).total();
+  const int32_t capacity = decode_budget_[static_cast<size_t>(step.parity)][index];
   const double stored = std::min(segment.start_position, capacity);
   DecodeCounts counts{.evicted = segment.start_position >= capacity};
   counts.engaged = counts.evicted > 0;
@@ -549,6 +558,7 @@ bool H2oStrategy::EngagementExpected(const RequestShape& shape, int32_t tokens) 
 
 void H2oStrategy::BeginMeasurement() {
   CacheStrategy::BeginMeasurement();
+  if (transfers_) transfers_->BeginMeasurement();
   evicted_ = 0;
   scores_updated_ = 0;
 }
@@ -562,6 +572,7 @@ std::vector<CacheStrategy::Figure> H2oStrategy::Figures() const {
   const double updates =
       static_cast<double>(scores_updated_) * heads() * (context_.shape.layers - full_layers());
   figures.push_back({"h2o_score_updates", -1, updates});
+  if (transfers_) transfers_->AddFigures(&figures);
   return figures;
 }
 

@@ -17,6 +17,7 @@
 #ifndef KVSWEEP_WORKER_STRATEGIES_H2O_H_
 #define KVSWEEP_WORKER_STRATEGIES_H2O_H_
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <span>
@@ -25,6 +26,7 @@
 #include "proto/experiment.pb.h"
 #include "worker/strategies/cache_strategy.h"
 #include "worker/strategies/h2o_manager.h"
+#include "worker/strategies/page_transfers.h"
 #include "worker/strategies/sequence_tables.h"
 #include "worker/strategies/tile_ring.h"
 
@@ -43,9 +45,13 @@ class H2oStrategy : public CacheStrategy {
   int32_t chunk_alignment() const override;
   int32_t GraphKey(const StepView& step) const override { return TileCount(step); }
   void BeginStep(const StepView& step) override;
+  // Swaps are ordered by the host.
+  bool NeedsHost() const override;
+  void MoveMemory(const StepView& step) override;
   void Attend(const StepView& step, int32_t layer, const AttentionInputs& inputs,
               const Activations& out) override;
   void EndStep(const StepView& /*step*/) override {}
+  void StepDone() override;
   void BeginMeasurement() override;
   DecodeCounts CollectDecode(const StepView& step, size_t index,
                              std::span<double> attended_by_layer) override;
@@ -91,7 +97,6 @@ class H2oStrategy : public CacheStrategy {
   int32_t LongestSlab(const StepView& step) const;  // slots of a decode row
   int32_t TileCount(const StepView& step) const;
 
-  void MovePages();
   // Rotates, and repeats keys and values for each query head, as the layer's entries are stored.
   AttentionInputs Prepare(const StepView& step, const AttentionInputs& inputs);
   void AttendFullLayer(const StepView& step, int32_t layer, const AttentionInputs& inputs,
@@ -114,9 +119,11 @@ class H2oStrategy : public CacheStrategy {
   HeavyScoring scoring_;
   Memory memory_;
   std::optional<TileRing> ring_;
+  std::optional<PageTransfers> transfers_;
   AttentionPlan plan_;
   AttentionPlan full_plan_;
-  int64_t evicted_ = 0;         // tokens that left each evicting layer
+  std::array<std::vector<int32_t>, 2> decode_budget_;  // of each decode segment, by step parity
+  int64_t evicted_ = 0;                                // tokens that left each evicting layer
   int64_t scores_updated_ = 0;  // by decode steps, of each head of each evicting layer
 };
 

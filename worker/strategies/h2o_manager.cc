@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "worker/strategies/attention_calls.h"
+#include "worker/strategies/page_transfers.h"
 #include "worker/strategies/sequence_tables.h"
 #include "worker/strategies/token_budget.h"
 
@@ -86,6 +87,8 @@ H2oScratch ScratchOf(const H2oLayout& layout, const StrategySizes& sizes) {
     place(&scratch.partial_maximum, head_rows, sizeof(float));
     place(&scratch.partial_sum, head_rows, sizeof(float));
   }
+  place(&scratch.swap_lists, static_cast<int64_t>(PageTransfers::ListBytes(layout.swapped_pages)),
+        1);
   return scratch;
 }
 
@@ -151,13 +154,17 @@ absl::StatusOr<H2oLayout> H2oLayoutOf(const H2o& parameters, const StrategySizes
   if (parameters.tier() == H2o::TIER_HOST) {
     layout.ring_tokens = std::max(256, sizes.max_decode_rows * std::min(kTileTokensOfARow, budget));
   }
+  const int64_t useful =
+      int64_t{sizes.max_sequences} * (layout.table_pages + layout.full_table_pages);
+  if (parameters.preemption() == H2o::PREEMPTION_SWAP) {
+    layout.swapped_pages = static_cast<int32_t>(
+        std::min(static_cast<uint64_t>(useful), sizes.device_bytes / layout.page_bytes()));
+  }
   layout.scratch = ScratchOf(layout, sizes);
   layout.fixed_bytes = TableBytes(layout, sizes) + layout.scratch.bytes;
 
   ASSIGN_OR_RETURN(layout.pages, PagesInBudget(sizes.device_bytes, layout.fixed_bytes,
                                                layout.page_bytes(), "h2o"));
-  const int64_t useful =
-      int64_t{sizes.max_sequences} * (layout.table_pages + layout.full_table_pages);
   layout.pages = static_cast<int32_t>(std::min<int64_t>(layout.pages, useful));
   if (parameters.tier() == H2o::TIER_HOST) {
     ASSIGN_OR_RETURN(
@@ -179,7 +186,7 @@ absl::StatusOr<H2oLayout> H2oLayoutOf(const H2o& parameters, const StrategySizes
 // manager
 
 H2oManager::H2oManager(const H2oLayout& layout)
-    : layout_(layout), pool_(layout.pages), swap_(layout.swap_pages) {}
+    : layout_(layout), pool_(layout.pages), swaps_(layout.swap_pages) {}
 
 int32_t H2oManager::FullPagesFor(int32_t tokens) const {
   return layout_.full_page_tokens == 0 ? 0 : PagesFor(tokens, layout_.full_page_tokens);
@@ -269,7 +276,7 @@ void H2oManager::Release(RequestId request) {
   KVSWEEP_CHECK(found != held_.end()) << "request " << request;
   Held& held = found->second;
   GiveBackAll(&held);
-  swap_.GiveBack(static_cast<int32_t>(held.swapped.size()), &held.swapped);
+  swaps_.End(&held.stay);
   held_.erase(found);
 }
 
@@ -286,18 +293,23 @@ PreemptionMode H2oManager::preemption_mode() const {
 
 bool H2oManager::CanOffload(RequestId request) const {
   const Held& held = held_.at(request);
-  return static_cast<size_t>(swap_.free_pages()) >= held.pages.size() + held.full.size();
+  return swaps_.Arriving(held.stay) ||
+         static_cast<size_t>(swaps_.free_pages()) >= held.pages.size() + held.full.size();
 }
 
 void H2oManager::Preempt(RequestId request) {
   Held& held = held_.at(request);
   KVSWEEP_CHECK(!held.offloaded) << "request " << request;
   if (!held.prompt_ended || preemption_mode() != PreemptionMode::kOffload) return Release(request);
-  for (const std::vector<PageIndex>* pages : {&held.pages, &held.full}) {
-    for (const PageIndex page : *pages) {
-      KVSWEEP_CHECK(swap_.Take(1, &held.swapped)) << "no room on the host for request " << request;
-      moves_.push_back({.device = page, .host = held.swapped.back(), .to_host = true});
-    }
+  if (swaps_.Arriving(held.stay)) {
+    swaps_.GiveUpArrival(&held.stay);
+    held.tokens = held.stored;
+    held.slots = std::min(held.tokens, held.budget.total());
+  } else {
+    std::vector<PageIndex> pages = held.pages;
+    pages.insert(pages.end(), held.full.begin(), held.full.end());
+    swaps_.MoveOut(pages, &held.stay);
+    held.stored = held.tokens;
   }
   GiveBackAll(&held);
   held.offloaded = true;
@@ -307,25 +319,28 @@ bool H2oManager::Resume(RequestId request, int32_t tokens) {
   Held& held = held_.at(request);
   KVSWEEP_CHECK(held.offloaded) << "request " << request;
   const int32_t slots = std::min(tokens, held.budget.total());
-  if (!Extend(&held, SlotPages(slots), FullPagesFor(tokens))) return false;
-  // The swapped pages were those of the tokens so far; the new token may have brought another.
+  if (!swaps_.CanMoveIn() || !Extend(&held, SlotPages(slots), FullPagesFor(tokens))) return false;
+  // What stayed is the pages of the tokens so far; the new token may have brought another.
   const auto slab = static_cast<size_t>(SlotPages(held.slots));
-  for (size_t i = 0; i < held.swapped.size(); ++i) {
-    moves_.push_back(
-        {.device = i < slab ? held.pages[i] : held.full[i - slab], .host = held.swapped[i]});
-  }
-  swap_.GiveBack(static_cast<int32_t>(held.swapped.size()), &held.swapped);
+  std::vector<PageIndex> pages(held.pages.begin(), held.pages.begin() + slab);
+  pages.insert(pages.end(), held.full.begin(), held.full.end());
+  swaps_.MoveIn(pages, &held.stay);
   held.tokens = tokens;
   held.slots = slots;
   held.offloaded = false;
   return true;
 }
 
-std::vector<PageMove> H2oManager::TakeMoves() { return std::exchange(moves_, {}); }
+void H2oManager::SwapInsLanded() {
+  swaps_.Landed();
+  for (auto& [request, held] : held_) {
+    if (!held.offloaded && !swaps_.Arriving(held.stay)) swaps_.End(&held.stay);
+  }
+}
 
 TierBytes H2oManager::ReservedBytes() const {
   const auto used = static_cast<uint64_t>(pool_.used_pages());
-  const auto swapped = static_cast<uint64_t>(swap_.used_pages());
+  const auto swapped = static_cast<uint64_t>(swaps_.used_pages());
   return {layout_.fixed_bytes + used * layout_.page_bytes(),
           used * layout_.host_page_bytes() + swapped * layout_.page_bytes()};
 }
@@ -333,41 +348,46 @@ TierBytes H2oManager::ReservedBytes() const {
 TierBytes H2oManager::LiveBytes() const {
   TierBytes live = FixedBytes();
   for (const auto& [request, held] : held_) {
-    const auto slots = static_cast<uint64_t>(held.slots);
-    const uint64_t full = static_cast<uint64_t>(held.tokens) * layout_.full_token_bytes;
-    (held.offloaded ? live.host : live.device) += slots * layout_.slot_bytes + full;
-    live.host += slots * layout_.host_slot_bytes;
+    const auto bytes = [&](int32_t slots, int32_t tokens) {
+      return static_cast<uint64_t>(slots) * layout_.slot_bytes +
+             static_cast<uint64_t>(tokens) * layout_.full_token_bytes;
+    };
+    if (!held.offloaded) live.device += bytes(held.slots, held.tokens);
+    if (!held.stay.pages.empty()) {
+      live.host += bytes(std::min(held.stored, held.budget.total()), held.stored);
+    }
+    live.host += static_cast<uint64_t>(held.slots) * layout_.host_slot_bytes;
   }
   return live;
 }
 
 TierBytes H2oManager::RequestBytes(RequestId request) const {
   const Held& held = held_.at(request);
-  return {
-      (held.pages.size() + held.full.size()) * layout_.page_bytes(),
-      held.pages.size() * layout_.host_page_bytes() + held.swapped.size() * layout_.page_bytes()};
+  return {(held.pages.size() + held.full.size()) * layout_.page_bytes(),
+          held.pages.size() * layout_.host_page_bytes() +
+              held.stay.pages.size() * layout_.page_bytes()};
 }
 
 void H2oManager::CheckInvariants() const {
   pool_.CheckInvariants();
-  swap_.CheckInvariants();
+  swaps_.CheckInvariants();
   size_t pages = 0;
   size_t swapped = 0;
   for (const auto& [request, held] : held_) {
     pages += held.pages.size() + held.full.size();
-    swapped += held.swapped.size();
+    swapped += held.stay.pages.size();
     const size_t slab = static_cast<size_t>(SlotPages(held.slots));
     const size_t full = static_cast<size_t>(FullPagesFor(held.tokens));
     if (held.offloaded) {
       KVSWEEP_CHECK(held.pages.empty() && held.full.empty());
-      KVSWEEP_CHECK_EQ(held.swapped.size(), slab + full);
+      KVSWEEP_CHECK_EQ(held.stay.pages.size(), slab + full);
     } else {
-      KVSWEEP_CHECK(held.swapped.empty());
+      KVSWEEP_CHECK_EQ(held.stay.pages.empty(), !swaps_.Arriving(held.stay));
       KVSWEEP_CHECK(held.pages.size() >= slab && held.full.size() >= full);
     }
   }
   KVSWEEP_CHECK_EQ(static_cast<int32_t>(pages), pool_.used_pages());
-  KVSWEEP_CHECK_EQ(static_cast<int32_t>(swapped), swap_.used_pages());
+  KVSWEEP_CHECK_EQ(static_cast<int32_t>(swapped), swaps_.used_pages());
 }
 
 }  // namespace kvsweep

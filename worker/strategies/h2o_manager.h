@@ -18,6 +18,7 @@
 #include "proto/experiment.pb.h"
 #include "worker/strategies/cache_strategy.h"
 #include "worker/strategies/page_pool.h"
+#include "worker/strategies/page_swaps.h"
 
 namespace kvsweep {
 
@@ -40,6 +41,7 @@ struct H2oScratch {
   uint64_t partial_output = 0;  // f32 [rows, Hq, d], tier: host
   uint64_t partial_maximum = 0;
   uint64_t partial_sum = 0;
+  uint64_t swap_lists = 0;  // PageTransfers::ListBytes, preemption: swap
   uint64_t bytes = 0;
 };
 
@@ -53,6 +55,7 @@ struct H2oLayout {
   int32_t page_tokens = 16;
   uint64_t host_slot_bytes = 0;   // on the host, tier: host
   int32_t swap_pages = 0;         // pages of the host that victims wait in, preemption: swap
+  int32_t swapped_pages = 0;      // pages of one swap at most
   int32_t full_page_tokens = 0;   // tokens of the full layers that a page holds; 0: no such layers
   uint64_t full_token_bytes = 0;  // of one token, all full layers
   int32_t chunk_tokens = 0;       // of the longest chunk, prefill_evict: chunk
@@ -73,13 +76,6 @@ struct H2oLayout {
 // structures and one page exceed a budget.
 absl::StatusOr<H2oLayout> H2oLayoutOf(const H2o& parameters, const StrategySizes& sizes);
 
-// A page on its way between the device and the host.
-struct PageMove {
-  PageIndex device = 0;
-  PageIndex host = 0;
-  bool to_host = false;
-};
-
 class H2oManager : public KvManager {
  public:
   explicit H2oManager(const H2oLayout& layout);
@@ -95,6 +91,9 @@ class H2oManager : public KvManager {
   bool CanOffload(RequestId request) const override;
   void Preempt(RequestId request) override;
   bool Resume(RequestId request, int32_t tokens) override;
+  bool Arrived(RequestId request) const override {
+    return !swaps_.Arriving(held_.at(request).stay);
+  }
   TierBytes ReservedBytes() const override;
   TierBytes LiveBytes() const override;
   TierBytes RequestBytes(RequestId request) const override;
@@ -108,19 +107,21 @@ class H2oManager : public KvManager {
   // Slots that a request of this budget holds before a chunk of its prompt that starts at `tokens`.
   int32_t HistorySlots(const H2oBudget& budget, int32_t tokens) const;
 
-  // Moves decided since the last call, in the order in which they must be carried out: a page is
-  // given to others as soon as its move is decided.
-  std::vector<PageMove> TakeMoves();
+  // What goes to the host and comes back, and word that the first batch under way has landed.
+  PageSwaps& swaps() { return swaps_; }
+  const PageSwaps& swaps() const { return swaps_; }
+  void SwapInsLanded();
 
  private:
   struct Held {
     RequestShape shape;
     H2oBudget budget;
-    std::vector<PageIndex> pages;    // slab
-    std::vector<PageIndex> full;     // of the full layers
-    std::vector<PageIndex> swapped;  // host pages of an offloaded request: slab, then full layers
+    std::vector<PageIndex> pages;  // slab
+    std::vector<PageIndex> full;   // of the full layers
+    PageSwaps::Stay stay;          // while offloaded or arriving: slab, then full layers
     int32_t tokens = 0;
-    int32_t slots = 0;  // of them, stored by the evicting layers
+    int32_t slots = 0;   // of them, stored by the evicting layers
+    int32_t stored = 0;  // tokens that stay on the host
     bool prompt_ended = false;
     bool offloaded = false;
   };
@@ -137,9 +138,8 @@ class H2oManager : public KvManager {
 
   H2oLayout layout_;
   PagePool pool_;
-  PagePool swap_;
+  PageSwaps swaps_;
   std::map<RequestId, Held> held_;
-  std::vector<PageMove> moves_;
 };
 
 }  // namespace kvsweep

@@ -18,22 +18,25 @@ absl::StatusOr<PagedLayout> PagedLayoutOf(const Paged& parameters, const Strateg
   layout.token_bytes = static_cast<uint64_t>(2 * DTypeBytes(sizes.kv_dtype)) * shape.layers *
                        shape.kv_heads * shape.head_dim;
   const int32_t table_pages = PagesFor(sizes.max_context, layout.block_size);
-  // More pages than all sequences together can fill would never be used.
-  const auto most_pages = static_cast<uint64_t>(sizes.max_sequences) * table_pages;
+  // What all sequences together can fill.
+  const auto held_pages = static_cast<uint64_t>(sizes.max_sequences) * table_pages;
   const auto pages_in = [&](uint64_t bytes) {
-    return static_cast<int32_t>(std::min(most_pages, bytes / layout.page_bytes()));
+    return static_cast<int32_t>(std::min(held_pages, bytes / layout.page_bytes()));
   };
   const bool swaps = parameters.preemption() == Paged::PREEMPTION_SWAP;
   layout.forked_pages = sizes.max_sequences;
   layout.swapped_pages = swaps ? pages_in(sizes.device_bytes) : 0;
   layout.host_pages = swaps ? pages_in(sizes.host_bytes) : 0;
-  layout.fixed_bytes =
-      SequenceTables::Bytes(sizes, table_pages) +
-      sizeof(PagePair) * static_cast<uint64_t>(layout.forked_pages + 2 * layout.swapped_pages);
+  layout.fixed_bytes = SequenceTables::Bytes(sizes, table_pages) +
+                       sizeof(PagePair) * static_cast<uint64_t>(layout.forked_pages) +
+                       PageTransfers::ListBytes(layout.swapped_pages);
   ASSIGN_OR_RETURN(layout.pages, PagesInBudget(sizes.device_bytes, layout.fixed_bytes,
                                                layout.page_bytes(), "paged"));
-  layout.pages =
-      static_cast<int32_t>(std::min<uint64_t>(static_cast<uint64_t>(layout.pages), most_pages));
+  // Pages beyond that serve only to remember what finished requests left for others.
+  if (parameters.prefix_caching() != Paged::PREFIX_CACHING_SHARED) {
+    layout.pages =
+        static_cast<int32_t>(std::min<uint64_t>(static_cast<uint64_t>(layout.pages), held_pages));
+  }
   layout.watermark_pages = static_cast<int32_t>(parameters.watermark() * layout.pages);
   return layout;
 }
@@ -54,12 +57,7 @@ PagedStrategy::PagedStrategy(const PagedLayout& layout, const StrategyContext& c
     : context_(context),
       layout_(layout),
       manager_(MakePagedManager(layout)),
-      tables_(std::move(tables)) {
-  Backend& backend = *context_.backend;
-  for (Event* event : {&out_.begun, &out_.done, &in_.begun, &in_.done, &forked_}) {
-    *event = backend.CreateEvent();
-  }
-}
+      tables_(std::move(tables)) {}
 
 absl::Status PagedStrategy::AllocateMemory() {
   const uint64_t page_bytes = layout_.page_bytes();
@@ -72,23 +70,24 @@ absl::Status PagedStrategy::AllocateMemory() {
         AllocateFor(context_, Tier::kHost, static_cast<uint64_t>(layout_.host_pages) * page_bytes,
                     "swapped KV pages"));
   }
-  const int64_t pairs = int64_t{layout_.forked_pages} + 2 * int64_t{layout_.swapped_pages};
-  ASSIGN_OR_RETURN(std::byte * lists,
-                   AllocateFor(context_, Tier::kDevice,
-                               sizeof(PagePair) * static_cast<uint64_t>(pairs), "lists of pages"));
-  list_memory_ = reinterpret_cast<int32_t*>(lists);
-  fork_list_.device = list_memory_;
-  out_list_.device = fork_list_.device + 2 * int64_t{layout_.forked_pages};
-  in_list_.device = out_list_.device + 2 * int64_t{layout_.swapped_pages};
+  const uint64_t fork_bytes = sizeof(PagePair) * static_cast<uint64_t>(layout_.forked_pages);
+  const uint64_t list_bytes = fork_bytes + PageTransfers::ListBytes(layout_.swapped_pages);
+  ASSIGN_OR_RETURN(list_memory_,
+                   AllocateFor(context_, Tier::kDevice, list_bytes, "lists of pages"));
+  if (layout_.host_pages > 0) {
+    transfers_.emplace(context_.backend,
+                       PageTransfers::Memory{.device = memory_,
+                                             .host = host_memory_,
+                                             .lists = list_memory_ + fork_bytes,
+                                             .page_bytes = static_cast<int64_t>(page_bytes),
+                                             .most_pages = layout_.swapped_pages});
+  }
   return absl::OkStatus();
 }
 
 PagedStrategy::~PagedStrategy() {
-  // A swap-in may still be queued; an error of that work belongs to whoever waits for it.
-  if (in_.under_way) context_.backend->WaitAll().IgnoreError();
-  context_.backend->Free(memory_);
-  context_.backend->Free(host_memory_);
-  context_.backend->Free(reinterpret_cast<std::byte*>(list_memory_));
+  transfers_.reset();  // before the memory that its copies use
+  for (std::byte* memory : {memory_, host_memory_, list_memory_}) context_.backend->Free(memory);
 }
 
 KvView PagedStrategy::View(int32_t layer) const {
@@ -119,7 +118,6 @@ void PagedStrategy::BeginStep(const StepView& step) {
   for (const Segment& segment : step.decode) set(segment, segment.first_row);
   for (size_t i = 0; i < step.prefill.size(); ++i) set(step.prefill[i], tables_.PrefillRow(i));
   plan_ = PlanDecode(context_, step);
-  EnqueueCopies(step);
   const auto [references, used_pages] = manager_->Sharing();
   references_ += references;
   used_pages_ += used_pages;
@@ -127,83 +125,45 @@ void PagedStrategy::BeginStep(const StepView& step) {
 
 // ------------------------------------------------------------------------------------ copies
 
-void PagedStrategy::CopyPages(std::vector<PagePair> pairs, PageList* list, std::byte* target,
-                              const std::byte* source, Stream stream) {
-  list->pairs = std::move(pairs);
-  context_.backend->Copy(list->device, list->pairs.data(), list->pairs.size() * sizeof(PagePair),
-                         stream);
+// In the order in which pages change hands: what leaves must be read before its pages are written,
+// and what comes may take pages that a fork has read.
+void PagedStrategy::MoveMemory(const StepView& step) {
+  if (transfers_) transfers_->EnqueueOuts(manager_->swaps());
+  EnqueueForks();
+  if (!transfers_) return;
+  transfers_->EnqueueIns(manager_->swaps());
+  // Decodes overlap the copies, but those of what they bring.
+  const auto arrived = [&](const Segment& segment) { return manager_->Arrived(segment.request); };
+  if (!std::ranges::all_of(step.decode, arrived)) transfers_->AwaitArrivals();
+}
+
+void PagedStrategy::EnqueueForks() {
+  Backend& backend = *context_.backend;
+  forks_ = manager_->TakeForks();
+  if (forks_.empty()) return;
+  forked_pages_ += static_cast<int64_t>(forks_.size());
+  backend.Copy(list_memory_, forks_.data(), forks_.size() * sizeof(PagePair), Stream::kCompute);
   size_t first = 0;
-  // Pages of two pools never meet.
-  const std::vector<size_t> ends =
-      target == source ? IndependentGroups(list->pairs) : std::vector<size_t>{list->pairs.size()};
-  for (const size_t end : ends) {
-    context_.backend->CopyBlocks({.target = target,
-                                  .source = source,
-                                  .pair = list->device + 2 * first,
-                                  .block_bytes = static_cast<int64_t>(layout_.page_bytes()),
-                                  .count = static_cast<int32_t>(end - first)},
-                                 stream);
+  for (const size_t end : IndependentGroups(forks_)) {
+    backend.CopyBlocks({.target = memory_,
+                        .source = memory_,
+                        .pair = reinterpret_cast<const int32_t*>(list_memory_) + 2 * first,
+                        .block_bytes = static_cast<int64_t>(layout_.page_bytes()),
+                        .count = static_cast<int32_t>(end - first)},
+                       Stream::kCompute);
     first = end;
   }
 }
 
-void PagedStrategy::Swap(std::vector<PagePair> pairs, PageList* list, Transfer* transfer,
-                         std::byte* target, const std::byte* source, Stream stream) {
-  Backend& backend = *context_.backend;
-  transfer->pages += static_cast<int64_t>(pairs.size());
-  transfer->under_way = true;
-  backend.RecordEvent(transfer->begun, stream);
-  CopyPages(std::move(pairs), list, target, source, stream);
-  backend.RecordEvent(transfer->done, stream);
-}
-
-// In the order in which pages change hands: what leaves must be read before its pages are written,
-// and what comes may take pages that a fork has read.
-void PagedStrategy::EnqueueCopies(const StepView& step) {
-  Backend& backend = *context_.backend;
-  if (manager_->TakeSwapInGivenUp() && in_.under_way) {
-    backend.WaitEvent(in_.done, Stream::kCompute);
-    backend.WaitEvent(in_.done, Stream::kDeviceToHost);
-  }
-  std::vector<PagePair> outs = manager_->TakeSwapOuts();
-  if (!outs.empty()) {
-    // The victims' pages are wanted in this very step: it waits.
-    Swap(std::move(outs), &out_list_, &out_, host_memory_, memory_, Stream::kDeviceToHost);
-    backend.WaitEvent(out_.done, Stream::kCompute);
-  }
-  EnqueueForks();
-  std::vector<PagePair> ins = manager_->TakeSwapIns();
-  if (!ins.empty()) {
-    backend.RecordEvent(forked_, Stream::kCompute);
-    backend.WaitEvent(forked_, Stream::kHostToDevice);
-    Swap(std::move(ins), &in_list_, &in_, memory_, host_memory_, Stream::kHostToDevice);
-  }
-  // Decodes overlap the copy, but those of what it brings.
-  for (const Segment& segment : step.decode) {
-    if (!manager_->Arrived(segment.request)) {
-      backend.WaitEvent(in_.done, Stream::kCompute);
-      break;
-    }
-  }
-}
-
-void PagedStrategy::EnqueueForks() {
-  std::vector<PagePair> forks = manager_->TakeForks();
-  if (forks.empty()) return;
-  forked_pages_ += static_cast<int64_t>(forks.size());
-  CopyPages(std::move(forks), &fork_list_, memory_, memory_, Stream::kCompute);
-}
-
-void PagedStrategy::Book(Transfer* transfer) {
-  transfer->under_way = false;
-  transfer->ns += context_.backend->ElapsedNs(transfer->begun, transfer->done);
+bool PagedStrategy::NeedsHost() const {
+  if (!forks_.empty() || manager_->HasForks()) return true;
+  return transfers_ && (transfers_->under_way() || manager_->swaps()->pending());
 }
 
 void PagedStrategy::StepDone() {
-  if (out_.under_way) Book(&out_);
-  if (!in_.under_way || !context_.backend->Reached(in_.done)) return;
-  Book(&in_);
-  manager_->SwapInsLanded();
+  forks_.clear();
+  const int32_t landed = transfers_ ? transfers_->StepDone() : 0;
+  for (int32_t batch = 0; batch < landed; ++batch) manager_->SwapInsLanded();
 }
 
 // ------------------------------------------------------------------------------------ figures
@@ -211,8 +171,7 @@ void PagedStrategy::StepDone() {
 void PagedStrategy::BeginMeasurement() {
   manager_->BeginMeasurement();
   forked_pages_ = references_ = used_pages_ = 0;
-  out_.pages = in_.pages = 0;
-  out_.ns = in_.ns = 0;
+  if (transfers_) transfers_->BeginMeasurement();
 }
 
 std::vector<CacheStrategy::Figure> PagedStrategy::Figures() const {
@@ -227,16 +186,7 @@ std::vector<CacheStrategy::Figure> PagedStrategy::Figures() const {
   if (references_ > 0) {
     add("shared_fraction", 1 - static_cast<double>(used_pages_) / static_cast<double>(references_));
   }
-  const auto swap = [&](const char* bytes, const char* rate, const Transfer& transfer) {
-    const double moved =
-        static_cast<double>(transfer.pages) * static_cast<double>(layout_.page_bytes());
-    add(bytes, moved);
-    if (transfer.ns > 0) add(rate, moved / transfer.ns);
-  };
-  if (layout_.host_pages > 0) {
-    swap("swapped_out_bytes", "swap_out_gb_per_s", out_);
-    swap("swapped_in_bytes", "swap_in_gb_per_s", in_);
-  }
+  if (transfers_) transfers_->AddFigures(&figures);
   return figures;
 }
 
@@ -245,17 +195,8 @@ std::vector<CacheStrategy::Figure> PagedStrategy::Figures() const {
 void PagedStrategy::Attend(const StepView& step, int32_t layer, const AttentionInputs& inputs,
                            const Activations& out) {
   Backend& backend = *context_.backend;
-  RotateQueriesAndKeys(context_, step, inputs);
   const KvView view = View(layer);
-  backend.Append({.target = view,
-                  .key = inputs.key,
-                  .value = inputs.value,
-                  .table_row = tables_.token_row(),
-                  .slot = tables_.token_slot(),
-                  .rows = step.rows,
-                  .kv_heads = context_.shape.kv_heads,
-                  .head_dim = context_.shape.head_dim},
-                 Stream::kCompute);
+  RotateAndAppend(context_, step, inputs, view, tables_);
   if (step.decode_rows > 0) {
     backend.DecodeAttention(DecodeCall(context_, step, inputs, out, view, plan_), Stream::kCompute);
   }

@@ -15,6 +15,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -22,6 +23,8 @@
 #include "proto/experiment.pb.h"
 #include "worker/strategies/cache_strategy.h"
 #include "worker/strategies/page_pool.h"
+#include "worker/strategies/page_swaps.h"
+#include "worker/strategies/page_transfers.h"
 #include "worker/strategies/sequence_tables.h"
 
 namespace kvsweep {
@@ -44,27 +47,18 @@ struct PagedLayout {
 // Pure: what an arm of these sizes takes. ResourceExhausted when not even one page fits.
 absl::StatusOr<PagedLayout> PagedLayoutOf(const Paged& parameters, const StrategySizes& sizes);
 
-// A page to copy: from one pool to another, or inside one.
-struct PagePair {
-  PageIndex source = 0;
-  PageIndex target = 0;
-  bool operator==(const PagePair&) const = default;
-};
-
 // What the hooks need of a manager: where a request's tokens lie, and what must be copied before
 // the step that was planned. Copies are taken once, in the order out, forks, in.
 class PageManager : public KvManager {
  public:
   virtual std::span<const PageIndex> Pages(RequestId request) const = 0;
 
-  virtual std::vector<PagePair> TakeSwapOuts() { return {}; }  // device to host
-  virtual std::vector<PagePair> TakeForks() { return {}; }     // inside the device
-  // Host to device. Until SwapInsLanded nothing else is swapped in.
-  virtual std::vector<PagePair> TakeSwapIns() { return {}; }
+  // What goes to the host and comes back; nullptr: nothing ever does.
+  virtual PageSwaps* swaps() { return nullptr; }
+  virtual std::vector<PagePair> TakeForks() { return {}; }  // inside the device
+  virtual bool HasForks() const { return false; }           // to be taken
+  // The first batch of swaps under way has landed.
   virtual void SwapInsLanded() {}
-  // Pages that a swap-in under way writes to or reads from have been given up since the last call:
-  // nobody may use them before it has landed.
-  virtual bool TakeSwapInGivenUp() { return false; }
 
   // References of block tables to pages, and pages in use; equal where nothing is shared.
   virtual std::pair<int64_t, int64_t> Sharing() const { return {0, 0}; }
@@ -88,7 +82,9 @@ class PagedManager : public PageManager {
   bool CanOffload(RequestId request) const override;
   // Leaves the watermark free, as admission does.
   bool Resume(RequestId request, int32_t tokens) override;
-  bool Arrived(RequestId request) const override { return !held_.at(request).arriving; }
+  bool Arrived(RequestId request) const override {
+    return !swaps_.Arriving(held_.at(request).stay);
+  }
   VictimRule victim_rule() const override;
   void ReadTokensFrom(TokenReader tokens) override { tokens_ = std::move(tokens); }
   int32_t FindCached(RequestId request, const RequestShape& shape) override;
@@ -106,11 +102,10 @@ class PagedManager : public PageManager {
   std::span<const PageIndex> Pages(RequestId request) const override {
     return held_.at(request).pages;
   }
-  std::vector<PagePair> TakeSwapOuts() override { return std::exchange(swap_outs_, {}); }
+  PageSwaps* swaps() override { return &swaps_; }
   std::vector<PagePair> TakeForks() override { return std::exchange(forks_, {}); }
-  std::vector<PagePair> TakeSwapIns() override;
+  bool HasForks() const override { return !forks_.empty(); }
   void SwapInsLanded() override;
-  bool TakeSwapInGivenUp() override { return std::exchange(swap_in_given_up_, false); }
   std::pair<int64_t, int64_t> Sharing() const override {
     return {pool_.total_references(), pool_.used_pages()};
   }
@@ -121,13 +116,12 @@ class PagedManager : public PageManager {
  private:
   struct Held {
     std::vector<PageIndex> pages;
-    std::vector<PageIndex> host;   // while offloaded or arriving: of the first `stored` tokens
+    PageSwaps::Stay stay;          // while offloaded or arriving: of the first `stored` tokens
     std::vector<Digest> contents;  // chained, of the full pages so far
     int32_t tokens = 0;
     int32_t stored = 0;
     bool prompt_ended = false;
     bool offloaded = false;
-    bool arriving = false;  // swapped in by a copy that has not landed
   };
   // What the last FindCached found, until the next call.
   struct Lookup {
@@ -144,19 +138,14 @@ class PagedManager : public PageManager {
                    const Digest& before) const;
   void RememberFullPages(RequestId request, Held& held);
   void GiveBackDevicePages(Held& held);
-  void GiveBackHostPages(Held& held);
 
   PagedLayout layout_;
   PagePool pool_;
-  PagePool host_;
+  PageSwaps swaps_;
   std::map<RequestId, Held> held_;
   TokenReader tokens_;
   Lookup lookup_;
-  std::vector<PagePair> swap_outs_;
   std::vector<PagePair> forks_;
-  std::vector<PagePair> swap_ins_;
-  bool swap_in_under_way_ = false;
-  bool swap_in_given_up_ = false;
   int64_t queried_ = 0;
   int64_t hit_ = 0;
 };
@@ -210,7 +199,10 @@ class PagedStrategy : public CacheStrategy {
   ~PagedStrategy() override;
 
   KvManager& manager() override { return *manager_; }
+  // Swaps and forks are ordered by the host.
+  bool NeedsHost() const override;
   void BeginStep(const StepView& step) override;
+  void MoveMemory(const StepView& step) override;
   void Attend(const StepView& step, int32_t layer, const AttentionInputs& inputs,
               const Activations& out) override;
   void EndStep(const StepView& step) override {}
@@ -221,30 +213,10 @@ class PagedStrategy : public CacheStrategy {
   std::vector<Figure> Figures() const override;
 
  private:
-  // A list of pages on its way to a copy: written by the host, read by the device.
-  struct PageList {
-    std::vector<PagePair> pairs;  // stays until the copy has run
-    int32_t* device = nullptr;
-  };
-  // Copies of one direction, from the first to the last of a step.
-  struct Transfer {
-    Event begun;
-    Event done;
-    bool under_way = false;
-    int64_t pages = 0;  // so far
-    double ns = 0;
-  };
-
   PagedStrategy(const PagedLayout& layout, const StrategyContext& context, SequenceTables tables);
   absl::Status AllocateMemory();
   KvView View(int32_t layer) const;
-  void EnqueueCopies(const StepView& step);
   void EnqueueForks();
-  void CopyPages(std::vector<PagePair> pairs, PageList* list, std::byte* target,
-                 const std::byte* source, Stream stream);
-  void Swap(std::vector<PagePair> pairs, PageList* list, Transfer* transfer, std::byte* target,
-            const std::byte* source, Stream stream);
-  void Book(Transfer* transfer);
 
   StrategyContext context_;
   PagedLayout layout_;
@@ -252,13 +224,9 @@ class PagedStrategy : public CacheStrategy {
   SequenceTables tables_;
   std::byte* memory_ = nullptr;
   std::byte* host_memory_ = nullptr;
-  int32_t* list_memory_ = nullptr;
-  PageList fork_list_;
-  PageList out_list_;
-  PageList in_list_;
-  Transfer out_;
-  Transfer in_;
-  Event forked_;
+  std::byte* list_memory_ = nullptr;  // of forks, then of transfers
+  std::vector<PagePair> forks_;       // of this step, read by the device
+  std::optional<PageTransfers> transfers_;
   AttentionPlan plan_;
   int64_t forked_pages_ = 0;
   int64_t references_ = 0;  // of block tables, summed over steps

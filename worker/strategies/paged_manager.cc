@@ -11,7 +11,7 @@
 namespace kvsweep {
 
 PagedManager::PagedManager(const PagedLayout& layout)
-    : layout_(layout), pool_(layout.pages), host_(layout.host_pages) {}
+    : layout_(layout), pool_(layout.pages), swaps_(layout.host_pages) {}
 
 TierBytes PagedManager::PeakBytes(const RequestShape& shape) const {
   // The last token that is produced is never fed back, so it is not stored.
@@ -94,27 +94,18 @@ void PagedManager::GiveBackDevicePages(Held& held) {
   pool_.GiveBack(static_cast<int32_t>(held.pages.size()), &held.pages);
 }
 
-void PagedManager::GiveBackHostPages(Held& held) {
-  // What was to go there in this step need not go any more.
-  std::erase_if(swap_outs_, [&](const PagePair& pair) {
-    return std::ranges::find(held.host, pair.target) != held.host.end();
-  });
-  host_.GiveBack(static_cast<int32_t>(held.host.size()), &held.host);
-}
-
 void PagedManager::Release(RequestId request) {
   auto found = held_.find(request);
   KVSWEEP_CHECK(found != held_.end()) << "request " << request;
   Held& held = found->second;
-  if (held.arriving) swap_in_given_up_ = true;
   GiveBackDevicePages(held);
-  GiveBackHostPages(held);
+  swaps_.End(&held.stay);
   held_.erase(found);
 }
 
 void PagedManager::Fork(RequestId parent, RequestId child) {
   const Held& held = held_.at(parent);
-  KVSWEEP_CHECK(held.prompt_ended && !held.offloaded && !held.arriving) << "request " << parent;
+  KVSWEEP_CHECK(held.prompt_ended && held.stay.pages.empty()) << "request " << parent;
   for (const PageIndex page : held.pages) pool_.AddReference(page);
   KVSWEEP_CHECK(held_.emplace(child, held).second) << "request " << child;
 }
@@ -130,23 +121,19 @@ void PagedManager::BeginMeasurement() {
 
 bool PagedManager::CanOffload(RequestId request) const {
   const Held& held = held_.at(request);
-  return held.arriving || PagesOf(held.tokens) <= host_.free_pages();
+  return swaps_.Arriving(held.stay) || PagesOf(held.tokens) <= swaps_.free_pages();
 }
 
 void PagedManager::Preempt(RequestId request) {
   Held& held = held_.at(request);
   if (preemption_mode() != PreemptionMode::kOffload || !held.prompt_ended) return Release(request);
   KVSWEEP_CHECK(CanOffload(request)) << "request " << request;
-  if (held.arriving) {
-    // Its copy on the host is whole as long as it has not landed here.
-    held.arriving = false;
-    swap_in_given_up_ = true;
+  if (swaps_.Arriving(held.stay)) {
+    swaps_.GiveUpArrival(&held.stay);
   } else {
     held.stored = held.tokens;
-    KVSWEEP_CHECK(host_.Take(PagesOf(held.stored), &held.host));
-    for (size_t i = 0; i < held.host.size(); ++i) {
-      swap_outs_.push_back({.source = held.pages[i], .target = held.host[i]});
-    }
+    const auto pages = static_cast<size_t>(PagesOf(held.stored));
+    swaps_.MoveOut(std::span(held.pages).first(pages), &held.stay);
   }
   held.tokens = held.stored;
   held.offloaded = true;
@@ -157,28 +144,18 @@ bool PagedManager::Resume(RequestId request, int32_t tokens) {
   Held& held = held_.at(request);
   KVSWEEP_CHECK(held.offloaded && tokens >= held.tokens) << "request " << request;
   const int32_t pages = PagesOf(tokens);
-  if (swap_in_under_way_ || pool_.free_pages() - pages < layout_.watermark_pages) return false;
+  if (!swaps_.CanMoveIn() || pool_.free_pages() - pages < layout_.watermark_pages) return false;
   KVSWEEP_CHECK(pool_.Take(pages, &held.pages));
-  for (size_t i = 0; i < held.host.size(); ++i) {
-    swap_ins_.push_back({.source = held.host[i], .target = held.pages[i]});
-  }
+  swaps_.MoveIn(held.pages, &held.stay);
   held.tokens = tokens;
   held.offloaded = false;
-  held.arriving = true;
   return true;
 }
 
-std::vector<PagePair> PagedManager::TakeSwapIns() {
-  if (!swap_ins_.empty()) swap_in_under_way_ = true;
-  return std::exchange(swap_ins_, {});
-}
-
 void PagedManager::SwapInsLanded() {
-  KVSWEEP_CHECK(swap_in_under_way_ && swap_ins_.empty());
-  swap_in_under_way_ = false;
+  swaps_.Landed();
   for (auto& [request, held] : held_) {
-    if (!std::exchange(held.arriving, false)) continue;
-    GiveBackHostPages(held);
+    if (!held.offloaded && !swaps_.Arriving(held.stay)) swaps_.End(&held.stay);
   }
 }
 
@@ -244,7 +221,7 @@ void PagedManager::RememberFullPages(RequestId request, Held& held) {
 
 TierBytes PagedManager::ReservedBytes() const {
   return {layout_.fixed_bytes + static_cast<uint64_t>(pool_.used_pages()) * layout_.page_bytes(),
-          static_cast<uint64_t>(host_.used_pages()) * layout_.page_bytes()};
+          static_cast<uint64_t>(swaps_.used_pages()) * layout_.page_bytes()};
 }
 
 TierBytes PagedManager::LiveBytes() const {
@@ -253,7 +230,7 @@ TierBytes PagedManager::LiveBytes() const {
   const bool shares = pool_.total_references() > pool_.used_pages();
   std::vector<int32_t> filled(shares ? static_cast<size_t>(pool_.pages()) : 0);
   for (const auto& [request, held] : held_) {
-    if (!held.host.empty()) host_tokens += static_cast<uint64_t>(held.stored);
+    if (!held.stay.pages.empty()) host_tokens += static_cast<uint64_t>(held.stored);
     if (held.offloaded) continue;
     if (!shares) {
       tokens += static_cast<uint64_t>(held.tokens);
@@ -272,28 +249,28 @@ TierBytes PagedManager::LiveBytes() const {
 
 TierBytes PagedManager::RequestBytes(RequestId request) const {
   const Held& held = held_.at(request);
-  return {held.pages.size() * layout_.page_bytes(), held.host.size() * layout_.page_bytes()};
+  return {held.pages.size() * layout_.page_bytes(), held.stay.pages.size() * layout_.page_bytes()};
 }
 
 void PagedManager::CheckInvariants() const {
   pool_.CheckInvariants();
-  host_.CheckInvariants();
+  swaps_.CheckInvariants();
   std::vector<int32_t> references(static_cast<size_t>(pool_.pages()));
   size_t host_pages = 0;
   for (const auto& [request, held] : held_) {
     for (const PageIndex page : held.pages) ++references[static_cast<size_t>(page)];
-    host_pages += held.host.size();
+    host_pages += held.stay.pages.size();
     KVSWEEP_CHECK_EQ(static_cast<int32_t>(held.pages.size()),
                      held.offloaded ? 0 : PagesOf(held.tokens));
-    KVSWEEP_CHECK_EQ(static_cast<int32_t>(held.host.size()),
-                     held.offloaded || held.arriving ? PagesOf(held.stored) : 0);
+    KVSWEEP_CHECK_EQ(static_cast<int32_t>(held.stay.pages.size()),
+                     held.offloaded || swaps_.Arriving(held.stay) ? PagesOf(held.stored) : 0);
   }
   // The sum of reference counts over live tables is the sum of their references, page by page.
   for (PageIndex page = 0; page < pool_.pages(); ++page) {
     KVSWEEP_CHECK_EQ(references[static_cast<size_t>(page)], pool_.references(page))
         << "page " << page;
   }
-  KVSWEEP_CHECK_EQ(static_cast<int32_t>(host_pages), host_.used_pages());
+  KVSWEEP_CHECK_EQ(static_cast<int32_t>(host_pages), swaps_.used_pages());
 }
 
 std::vector<size_t> IndependentGroups(std::span<const PagePair> pairs) {

@@ -641,9 +641,11 @@ TEST(H2oMemoryTest, SavesWhatTheAuthorsLogsShow) {
 
 std::vector<TestRequest> GrowingRequests(Random& random, int32_t vocabulary) {
   std::vector<TestRequest> requests;
-  for (int i = 0; i < 6; ++i) {
-    requests.push_back({.prompt = RandomIds(random, static_cast<size_t>(20 + 5 * i), vocabulary),
-                        .output_tokens = 80});
+  // Some end early, so that others come back, and then long ones push them out again.
+  for (int i = 0; i < 9; ++i) {
+    requests.push_back(
+        {.prompt = RandomIds(random, static_cast<size_t>(20 + 5 * (i % 6)), vocabulary),
+         .output_tokens = 40 + 20 * (i % 3)});
   }
   return requests;
 }
@@ -735,7 +737,9 @@ TEST(H2oPreemptionTest, AVictimWithoutAPlaceStartsAnew) {
         RunRequests(backend.get(), *model, arm, options, requests, {});
     ASSERT_TRUE(run.ok()) << run.status();
     EXPECT_GT(std::ranges::max(run->preemptions), 0);
-    for (size_t i = 0; i < requests.size(); ++i) EXPECT_EQ(run->outputs[i].size(), 80u);
+    for (size_t i = 0; i < requests.size(); ++i) {
+      EXPECT_EQ(static_cast<int32_t>(run->outputs[i].size()), requests[i].output_tokens);
+    }
   }
 }
 

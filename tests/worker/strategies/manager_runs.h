@@ -30,10 +30,13 @@ class ShadowPools {
         device_(static_cast<size_t>(layout.pages * layout.block_size)),
         host_(static_cast<size_t>(layout.host_pages * layout.block_size)) {}
 
-  // What precedes a step. `waits`: the step decodes what a copy under way brings.
+  // What precedes a step. `waits`: the step decodes what copies under way bring.
   void Copy(bool waits) {
-    if (manager_.TakeSwapInGivenUp()) Land();
-    for (const PagePair& pair : manager_.TakeSwapOuts()) Move(device_, pair.source, &host_, pair);
+    PageSwaps* const swaps = manager_.swaps();
+    if (swaps != nullptr) {
+      if (swaps->TakeGivenUp()) Land(begun());
+      for (const PagePair& pair : swaps->TakeOuts()) Move(device_, pair.source, &host_, pair);
+    }
     const std::vector<PagePair> forks = manager_.TakeForks();
     forks_ += static_cast<int64_t>(forks.size());
     size_t first = 0;
@@ -42,22 +45,24 @@ class ShadowPools {
       for (size_t i = end; i-- > first;) Move(device_, forks[i].source, &device_, forks[i]);
       first = end;
     }
-    std::vector<PagePair> ins = manager_.TakeSwapIns();
-    if (!ins.empty()) {
-      EXPECT_TRUE(under_way_.empty() && !landing_) << "two swap-ins at a time";
-      under_way_ = std::move(ins);
-      landing_ = true;
+    if (swaps != nullptr) {
+      std::vector<PagePair> ins = swaps->TakeIns();
+      if (!ins.empty()) under_way_.push_back(std::move(ins));
+      EXPECT_LE(begun() - reported_, PageSwaps::kMostBatches);
+      most_batches_ = std::max(most_batches_, begun() - reported_);
     }
-    if (waits) Land();
+    if (waits) Land(begun());
   }
 
-  // A copy under way has landed; what it brings may be used from the next step on.
-  void Finish(bool landed) {
-    if (!landing_ || (!landed && !under_way_.empty())) return;
-    Land();
-    landing_ = false;
-    manager_.SwapInsLanded();
+  // Of the copies under way the first have landed, `batches` at most; what they bring may be used
+  // from the next step on.
+  void Finish(int64_t batches) {
+    Land(std::min(reported_ + batches, begun()));
+    for (; reported_ < landed_; ++reported_) manager_.SwapInsLanded();
   }
+
+  // Most batches of swaps under way at a time.
+  int64_t most_batches() const { return most_batches_; }
 
   // The slot of token `position` of a request.
   uint64_t& At(RequestId request, int32_t position) {
@@ -68,9 +73,12 @@ class ShadowPools {
   int64_t forks() const { return forks_; }
 
  private:
-  void Land() {
-    for (const PagePair& pair : std::exchange(under_way_, {}))
-      Move(host_, pair.source, &device_, pair);
+  int64_t begun() const { return static_cast<int64_t>(under_way_.size()); }
+  void Land(int64_t batches) {
+    for (; landed_ < batches; ++landed_) {
+      for (const PagePair& pair : under_way_[static_cast<size_t>(landed_)])
+        Move(host_, pair.source, &device_, pair);
+    }
   }
   void Move(const std::vector<uint64_t>& from, PageIndex source, std::vector<uint64_t>* to,
             const PagePair& pair) {
@@ -82,8 +90,10 @@ class ShadowPools {
   const int32_t block_size_;
   std::vector<uint64_t> device_;
   std::vector<uint64_t> host_;
-  std::vector<PagePair> under_way_;  // swap-ins that have not been carried out
-  bool landing_ = false;             // a swap-in was begun and not reported as landed
+  std::vector<std::vector<PagePair>> under_way_;  // batches of swap-ins, all so far
+  int64_t landed_ = 0;                            // of these, carried out
+  int64_t reported_ = 0;                          // of these, as landed
+  int64_t most_batches_ = 0;
   int64_t forks_ = 0;
 };
 
@@ -105,6 +115,7 @@ struct RunCounts {
   int64_t forks = 0;
   int64_t resumed = 0;
   int64_t refused = 0;
+  int64_t most_batches = 0;  // of swaps, under way at a time
   RunCounts& operator+=(const RunCounts& other) {
     steps += other.steps;
     preemptions += other.preemptions;
@@ -112,6 +123,7 @@ struct RunCounts {
     forks += other.forks;
     resumed += other.resumed;
     refused += other.refused;
+    most_batches = std::max(most_batches, other.most_batches);
     return *this;
   }
 };
@@ -146,11 +158,14 @@ class ManagerRun {
       }
       if (options_.drops && random_.Bernoulli(0.01)) DropOne();
     }
-    if (pools_ != nullptr) pools_->Finish(true);
+    if (pools_ != nullptr) pools_->Finish(PageSwaps::kMostBatches);
     for (const auto& [id, life] : lives_) EXPECT_EQ(life.produced, life.output) << "request " << id;
     EXPECT_EQ(manager_.ReservedBytes(), manager_.FixedBytes()) << "not all was given back";
     manager_.CheckInvariants();
-    if (pools_ != nullptr) counts_.forks = pools_->forks();
+    if (pools_ != nullptr) {
+      counts_.forks = pools_->forks();
+      counts_.most_batches = pools_->most_batches();
+    }
     return counts_;
   }
 
@@ -247,7 +262,10 @@ class ManagerRun {
       }
     }
     CheckBytes();
-    if (pools_ != nullptr) pools_->Finish(waits || random_.Bernoulli(0.4));
+    if (pools_ != nullptr) {
+      const bool one = random_.Bernoulli(0.4);
+      pools_->Finish(waits ? PageSwaps::kMostBatches : one);
+    }
     const StepEffects& effects = batcher_.Complete();
     for (const RequestId id : effects.produced) {
       Life& life = lives_.at(id);

@@ -137,8 +137,8 @@ TEST_P(WaysTest, RandomRunsKeepEveryPromise) {
   if (parameters.reservation() != Paged::RESERVATION_PAGED) return;
   EXPECT_GT(counts.preemptions, 500);
   EXPECT_GT(counts.forks, 500);
-  EXPECT_EQ(counts.cached_tokens > 500,
-            parameters.prefix_caching() != Paged::PREFIX_CACHING_OFF);
+  EXPECT_EQ(counts.most_batches > 1, parameters.preemption() == Paged::PREEMPTION_SWAP);
+  EXPECT_EQ(counts.cached_tokens > 500, parameters.prefix_caching() != Paged::PREFIX_CACHING_OFF);
 }
 
 INSTANTIATE_TEST_SUITE_P(Ways, WaysTest, testing::ValuesIn([] {
@@ -269,14 +269,14 @@ TEST(PagedManagerTest, SwapTakesAllPagesOrNone) {
   ASSERT_TRUE(manager.CanOffload(1));
   const std::vector<PageIndex> pages(manager.Pages(1).begin(), manager.Pages(1).end());
   manager.Preempt(1);
-  const std::vector<PagePair> outs = manager.TakeSwapOuts();
+  const std::vector<PagePair> outs = manager.swaps()->TakeOuts();
   ASSERT_EQ(outs.size(), 3u);
   for (size_t i = 0; i < 3; ++i) EXPECT_EQ(outs[i].source, pages[i]);
   EXPECT_EQ(manager.ReservedBytes().host, 3 * layout.page_bytes());
   manager.CheckInvariants();
   ASSERT_TRUE(manager.Resume(1, 13));
   EXPECT_FALSE(manager.Arrived(1));
-  const std::vector<PagePair> ins = manager.TakeSwapIns();
+  const std::vector<PagePair> ins = manager.swaps()->TakeIns();
   ASSERT_EQ(ins.size(), 3u) << "the page of the next token holds nothing yet";
   for (size_t i = 0; i < 3; ++i) EXPECT_EQ(ins[i].source, outs[i].target);
   manager.CheckInvariants();
@@ -305,19 +305,44 @@ TEST(PagedManagerTest, ARequestThatIsPreemptedWhileItArrivesKeepsItsState) {
   ASSERT_TRUE(manager.Admit(0, {9, 10}, 9));
   manager.EndPrompt(0);
   manager.Preempt(0);
-  const std::vector<PagePair> outs = manager.TakeSwapOuts();
+  const std::vector<PagePair> outs = manager.swaps()->TakeOuts();
   ASSERT_TRUE(manager.Resume(0, 10));
-  manager.TakeSwapIns();
+  manager.swaps()->TakeIns();
   manager.Preempt(0);
-  EXPECT_TRUE(manager.TakeSwapInGivenUp());
-  EXPECT_TRUE(manager.TakeSwapOuts().empty()) << "it still lies on the host";
-  EXPECT_FALSE(manager.Resume(0, 10)) << "one swap-in at a time";
+  EXPECT_TRUE(manager.swaps()->TakeGivenUp());
+  EXPECT_TRUE(manager.swaps()->TakeOuts().empty()) << "it still lies on the host";
   manager.CheckInvariants();
-  manager.SwapInsLanded();
+  // It may come back while the copy that was given up is still under way, by one of its own.
   ASSERT_TRUE(manager.Resume(0, 10));
-  const std::vector<PagePair> ins = manager.TakeSwapIns();
+  const std::vector<PagePair> ins = manager.swaps()->TakeIns();
   ASSERT_EQ(ins.size(), outs.size());
   for (size_t i = 0; i < ins.size(); ++i) EXPECT_EQ(ins[i].source, outs[i].target);
+  manager.SwapInsLanded();
+  EXPECT_FALSE(manager.Arrived(0)) << "the copy that was given up has landed, not its own";
+  manager.SwapInsLanded();
+  EXPECT_TRUE(manager.Arrived(0));
+  EXPECT_EQ(manager.ReservedBytes().host, 0u);
+}
+
+// Each step that resumes somebody begins a batch, up to as many as may be under way.
+TEST(PagedManagerTest, SeveralBatchesOfSwapsAreUnderWay) {
+  PagedManager manager(Layout(20, 4, Swap()));
+  constexpr RequestId kMost = PageSwaps::kMostBatches;
+  for (RequestId id = 0; id <= kMost; ++id) {
+    ASSERT_TRUE(manager.Admit(id, {6, 10}, 6));
+    manager.EndPrompt(id);
+  }
+  for (RequestId id = 0; id <= kMost; ++id) manager.Preempt(id);
+  manager.swaps()->TakeOuts();
+  for (RequestId id = 0; id < kMost; ++id) {
+    ASSERT_TRUE(manager.Resume(id, 7));
+    EXPECT_EQ(manager.swaps()->TakeIns().size(), 2u);
+  }
+  EXPECT_FALSE(manager.Resume(kMost, 7)) << "the link is busy";
+  manager.SwapInsLanded();
+  EXPECT_TRUE(manager.Arrived(0) && !manager.Arrived(1)) << "they land in order";
+  EXPECT_TRUE(manager.Resume(kMost, 7));
+  manager.CheckInvariants();
 }
 
 // --------------------------------------------------------------------------------------- admission
