@@ -4,11 +4,13 @@
 //
 // The contract of a kernel that is started by LaunchDependent:
 // - Every thread calls WaitForEarlierKernels before it reads anything that an earlier kernel may
-//   have written (activations, step state, caches, workspace, tickets) and before it writes
+//   have written (activations, caches, workspace, tickets) and before it writes
 //   anything that an earlier kernel may read or write. No thread returns before that call: that all
 //   of a kernel's blocks have waited is what makes its own end mean the end of all before it.
 //   Ahead of the call only the kernel's arguments and constants of the model may be read
-//   (weights, biases, tables that are written when the model is loaded).
+//   (weights, biases, tables that are written when the model is loaded), and the arrays that say
+//   which rows are active, at what position, how long and where they are stored: copies alone write
+//   those, and a kernel behind a copy starts ordinarily.
 // - Every block calls ReleaseLaterKernels as early as it can, usually first of all: blocks of the
 //   next kernel start when every block of this one has called it (or has ended), and those wait for
 //   this one's end on their own. A kernel that never calls it is right too, and hides nothing.
@@ -45,21 +47,36 @@ __device__ __forceinline__ void ReleaseLaterKernels() {
 
 // Enqueues kernel<<<grid, threads, shared_bytes, context.stream>>>(arguments...), dependent on the
 // kernel before it where there is one (context.follows_kernel) and the device can. `kernel` keeps
-// the contract above.
+// the contract above. Blocks come in clusters of `cluster`, which divides the grid's x.
 template <typename... Parameters, typename... Arguments>
-cudaError_t LaunchDependent(const LaunchContext& context, void (*kernel)(Parameters...), dim3 grid,
-                            dim3 threads, size_t shared_bytes, Arguments&&... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t LaunchDependentClusters(const LaunchContext& context, void (*kernel)(Parameters...),
+                                    dim3 grid, dim3 threads, size_t shared_bytes, unsigned cluster,
+                                    Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = context.stream;
-  config.attrs = &attribute;
-  config.numAttrs = context.follows_kernel && context.architecture >= 90 ? 1 : 0;
+  config.attrs = attributes;
+  if (context.follows_kernel && context.architecture >= 90) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchDependent(const LaunchContext& context, void (*kernel)(Parameters...), dim3 grid,
+                            dim3 threads, size_t shared_bytes, Arguments&&... arguments) {
+  return LaunchDependentClusters(context, kernel, grid, threads, shared_bytes, 1,
+                                 std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace kvsweep::cuda

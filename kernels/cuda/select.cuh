@@ -31,19 +31,19 @@ struct SelectScratch {
   int32_t warp_count[kSelectWarps];
 };
 
-// For a block of kSelectThreads; key(i) for i in [0, count) is asked for four times. REQUIRES: 1 <=
+// For a block of kThreads; key(i) for i in [0, count) is asked for four times. REQUIRES: 1 <=
 // wanted <= count.
-template <typename Key>
+template <int kThreads = kSelectThreads, typename Key>
 __device__ Threshold FindThreshold(SelectScratch& scratch, int32_t count, int32_t wanted,
                                    const Key& key) {
   uint32_t prefix = 0;
   int32_t left = wanted;
   for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < 256; i += kSelectThreads) scratch.count[i] = 0;
+    for (int i = threadIdx.x; i < 256; i += kThreads) scratch.count[i] = 0;
     __syncthreads();
     const uint32_t mask = shift == 24 ? 0u : ~0u << (shift + 8);
     // Whole warps, so that lanes with the same byte can add it once.
-    for (int32_t base = 0; base < count; base += kSelectThreads) {
+    for (int32_t base = 0; base < count; base += kThreads) {
       const int32_t i = base + threadIdx.x;
       const uint32_t k = i < count ? key(i) : 0;
       const bool takes_part = i < count && (k & mask) == prefix;
@@ -85,7 +85,8 @@ __device__ Threshold FindThreshold(SelectScratch& scratch, int32_t count, int32_
   return {prefix, left};
 }
 
-// Exclusive sum over the block; `total` is the sum.
+// Exclusive sum over a block of kThreads; `total` is the sum.
+template <int kThreads = kSelectThreads>
 __device__ __forceinline__ int32_t BlockScan(SelectScratch& scratch, int32_t value,
                                              int32_t& total) {
   const int lane = threadIdx.x % 32;
@@ -98,7 +99,7 @@ __device__ __forceinline__ int32_t BlockScan(SelectScratch& scratch, int32_t val
   __syncthreads();
   int32_t before = 0;
   total = 0;
-  for (int w = 0; w < kSelectWarps; ++w) {
+  for (int w = 0; w < kThreads / 32; ++w) {
     const int32_t count = scratch.warp_count[w];
     if (w < static_cast<int>(threadIdx.x) / 32) before += count;
     total += count;

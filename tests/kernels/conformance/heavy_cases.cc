@@ -127,8 +127,8 @@ Outcome EvictCase(Side& side, Random& random) {
   std::vector<int32_t> position(rows);
   std::vector<int32_t> active(rows);
   for (int32_t b = 0; b < rows; ++b) {
-    const Budget budget =
-        Pick<Budget>(random, {{3, 4}, {5, 1}, {0, 6}, {6, 0}, {1, 1}, {100, 300}, {400, 100}});
+    const Budget budget = Pick<Budget>(
+        random, {{3, 4}, {5, 1}, {0, 6}, {6, 0}, {1, 1}, {100, 300}, {400, 100}, {1300, 900}});
     heavy[b] = budget.heavy;
     recent[b] = budget.recent;
     const int32_t total = budget.heavy + budget.recent;

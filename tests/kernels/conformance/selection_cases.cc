@@ -92,6 +92,8 @@ Outcome SpeculateCase(Side& side, Random& random) {
   args.partial_dim = shape.head_dim;
   args.alpha = Pick(random, {4.0f, 1.0f, 0.25f, std::numeric_limits<float>::infinity()});
   args.margin_stride = 2500 + Pick<int64_t>(random, {0, 3, 12});
+  // Room for long rows: their scores do not fit in a scratch together.
+  if (random.Bernoulli(0.04)) args.margin_stride = 150000;
   const int64_t pairs = int64_t{args.rows} * args.kv_heads;
   args.margin = side.Room<float>(pairs * args.margin_stride);
   args.count = side.Room<int32_t>(pairs);
@@ -149,12 +151,20 @@ Pool MakePool(Side& side, Random& random, const std::vector<int32_t>& lengths, i
 Outcome SelectCase(Side& side, Random& random) {
   SelectTopArgs args;
   args.kv_heads = Pick(random, {1, 2, 8});
-  const std::vector<int32_t> lengths = Pick<std::vector<int32_t>>(
+  std::vector<int32_t> lengths = Pick<std::vector<int32_t>>(
       random, {{0}, {1}, {5, 0, 33}, {64, 65, 31, 32}, {1024, 1025, 3}, {5000}, {1023, 2048}});
+  int64_t room = Pick(random, {1, 5000});
+  // Rows that several blocks share, and room for such rows where there are none.
+  if (random.Bernoulli(0.08)) room = Pick(random, {20000, 40000, 140000});
+  if (room > 5000 && random.Bernoulli(0.7)) {
+    lengths = {static_cast<int32_t>(room - 4096 * Between(random, 0, 4)), 4000};
+    args.kv_heads = std::min(args.kv_heads, 2);
+  }
+  room = std::max<int64_t>(room, *std::max_element(lengths.begin(), lengths.end()));
   args.rows = static_cast<int32_t>(lengths.size());
   const int64_t pairs = int64_t{args.rows} * args.kv_heads;
-  args.margin_stride = 5000 + Pick<int64_t>(random, {0, 3});
-  args.index_stride = 5000;
+  args.margin_stride = room + Pick<int64_t>(random, {0, 3});
+  args.index_stride = room;
   // Margins with many ties, at most 0; sometimes all different.
   std::vector<float> margin(pairs * args.margin_stride, std::numeric_limits<float>::quiet_NaN());
   std::vector<int32_t> count(pairs);
