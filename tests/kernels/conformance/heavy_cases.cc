@@ -127,8 +127,9 @@ Outcome EvictCase(Side& side, Random& random) {
   std::vector<int32_t> position(rows);
   std::vector<int32_t> active(rows);
   for (int32_t b = 0; b < rows; ++b) {
-    const Budget budget = Pick<Budget>(
-        random, {{3, 4}, {5, 1}, {0, 6}, {6, 0}, {1, 1}, {100, 300}, {400, 100}, {1300, 900}});
+    Budget budget =
+        Pick<Budget>(random, {{3, 4}, {5, 1}, {0, 6}, {6, 0}, {1, 1}, {100, 300}, {400, 100}});
+    if (random.Bernoulli(0.01)) budget = {1300, 900};  // more slots than are under way at once
     heavy[b] = budget.heavy;
     recent[b] = budget.recent;
     const int32_t total = budget.heavy + budget.recent;
@@ -179,7 +180,7 @@ Outcome EvictCase(Side& side, Random& random) {
   }
   const bool ranked = random.Bernoulli(0.3);
   if (ranked) args.rank = MakeSlots(side, view, shape, rank);
-  args.probability_stride = 520;
+  args.probability_stride = *std::max_element(shape.lengths.begin(), shape.lengths.end()) + 20;
   std::vector<float> probability(rows * args.query_heads * args.probability_stride);
   for (float& p : probability) p = static_cast<float>(random.Uniform(64)) / 1024.0f;
   args.probability = side.Put(probability);
