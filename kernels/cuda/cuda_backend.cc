@@ -20,6 +20,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/products.h"
 #include "kernels/cuda/read_bandwidth.h"
+#include "kernels/host_node.h"
 
 namespace kvsweep {
 namespace {
@@ -268,9 +269,12 @@ absl::Status CudaBackend::Open() {
                                                                    : properties.totalGlobalMem,
            .activation_dtype = options_.dtype,
            .weight_dtype = options_.dtype};
+  const HostNode node = FindHostNode(info_.pci_address);
+  info_.host_memory = node.Text();
   memory_ = std::make_unique<cuda::DeviceMemory>(
       info_.device_memory_bytes,
-      options_.host_memory_bytes > 0 ? options_.host_memory_bytes : PhysicalMemoryBytes());
+      options_.host_memory_bytes > 0 ? options_.host_memory_bytes : PhysicalMemoryBytes(),
+      node.node);
 
   // Transfers and look-ahead are short and wait for nobody; the compute stream fills what is left.
   int least = 0;

@@ -1,29 +1,30 @@
 #include "kernels/cuda/device_memory.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <iterator>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "kernels/host_node.h"
 
 namespace kvsweep::cuda {
 namespace {
 
 constexpr uint64_t kGranularity = 512;
 
-cudaError_t AllocateNew(Tier tier, uint64_t size, void** memory) {
-  if (tier == Tier::kDevice) return cudaMalloc(memory, size);
-  return cudaHostAlloc(memory, size, cudaHostAllocMapped | cudaHostAllocPortable);
-}
-
 void FreeNow(Tier tier, std::byte* memory) {
   tier == Tier::kDevice ? cudaFree(memory) : cudaFreeHost(memory);
 }
 
 }  // namespace
+
+// The driver takes the pages at once, on this thread's behalf.
+cudaError_t DeviceMemory::AllocateNew(Tier tier, uint64_t size, void** memory) const {
+  if (tier == Tier::kDevice) return cudaMalloc(memory, size);
+  const PreferHostNode prefer(host_node_);
+  return cudaHostAlloc(memory, size, cudaHostAllocMapped | cudaHostAllocPortable);
+}
 
 DeviceMemory::~DeviceMemory() {
   for (const auto& [memory, block] : blocks_) FreeNow(block.tier, const_cast<std::byte*>(memory));

@@ -2,6 +2,8 @@
 #ifndef KVSWEEP_KERNELS_CUDA_DEVICE_MEMORY_H_
 #define KVSWEEP_KERNELS_CUDA_DEVICE_MEMORY_H_
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -14,8 +16,10 @@ namespace kvsweep::cuda {
 // One thread, on which the device is current.
 class DeviceMemory {
  public:
-  // Limits of what callers may hold at a time.
-  DeviceMemory(uint64_t device_bytes, uint64_t host_bytes) : limit_{device_bytes, host_bytes} {}
+  // Limits of what callers may hold at a time. Host memory comes from `host_node` (host_node.h) as
+  // long as that has room; -1: from anywhere.
+  DeviceMemory(uint64_t device_bytes, uint64_t host_bytes, int host_node = -1)
+      : limit_{device_bytes, host_bytes}, host_node_(host_node) {}
   ~DeviceMemory();
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
@@ -43,7 +47,10 @@ class DeviceMemory {
   std::byte* TakeKept(Tier tier, uint64_t size, Block* block);
   void Release(Tier tier);
 
+  cudaError_t AllocateNew(Tier tier, uint64_t size, void** memory) const;
+
   const uint64_t limit_[2];
+  const int host_node_;
   uint64_t allocated_[2] = {};
   std::map<const std::byte*, Block> blocks_;  // that callers hold, by address
   Kept kept_[2];
