@@ -42,12 +42,12 @@ StopRule RuleOf(const LimitsOptions& options) {
                        : StopRule{};
 }
 
-void AddRate(Limits& limits, const std::string& name, const std::string& unit, double amount,
+void AddRate(MachineLimits& limits, const std::string& name, const std::string& unit, double amount,
              const Timing& timing) {
   limits.rows.push_back({name, amount / timing.median_ns * 1e9, unit, timing.spread});
 }
 
-absl::Status MeasureReading(Backend& backend, const LimitsOptions& options, Limits& limits) {
+absl::Status MeasureReading(Backend& backend, const LimitsOptions& options, MachineLimits& limits) {
   std::vector<double> samples;
   if (backend.info().backend == "cpu") {
     samples = cpu::ReadRates();
@@ -60,7 +60,7 @@ absl::Status MeasureReading(Backend& backend, const LimitsOptions& options, Limi
   return absl::OkStatus();
 }
 
-absl::Status MeasureCopies(Backend& backend, const LimitsOptions& options, Limits& limits) {
+absl::Status MeasureCopies(Backend& backend, const LimitsOptions& options, MachineLimits& limits) {
   const bool small = options.brief || backend.info().backend == "cpu";
   const uint64_t bytes = small ? 256 * kMebi : 1024 * kMebi;
   ASSIGN_OR_RETURN(const Held device, Held::Take(backend, Tier::kDevice, 2 * bytes));
@@ -97,7 +97,7 @@ absl::Status MeasureCopies(Backend& backend, const LimitsOptions& options, Limit
 }
 
 // Rows of a host pool, read in place by a kernel that finds their numbers on the device.
-absl::Status MeasureGathers(Backend& backend, const LimitsOptions& options, Limits& limits) {
+absl::Status MeasureGathers(Backend& backend, const LimitsOptions& options, MachineLimits& limits) {
   constexpr int32_t kRows = 32768;
   for (const int32_t row_bytes : {128, 256, 512, 1024}) {
     const DType dtype = DType::kBf16;
@@ -138,7 +138,7 @@ absl::Status MeasureGathers(Backend& backend, const LimitsOptions& options, Limi
   return absl::OkStatus();
 }
 
-absl::Status MeasureMatrix(Backend& backend, const LimitsOptions& options, Limits& limits) {
+absl::Status MeasureMatrix(Backend& backend, const LimitsOptions& options, MachineLimits& limits) {
   if (backend.info().backend == "cpu") {
     const Timing timing = Summarise(cpu::ProductTimesNs());
     AddRate(limits, absl::StrCat("f32 product of ", cpu::kProductSize, "^3 by the BLAS"), "op/s",
@@ -171,7 +171,8 @@ absl::Status MeasureMatrix(Backend& backend, const LimitsOptions& options, Limit
 }
 
 // What one more tiny operation costs inside a graph and on a stream.
-absl::Status MeasureLaunches(Backend& backend, const LimitsOptions& options, Limits& limits) {
+absl::Status MeasureLaunches(Backend& backend, const LimitsOptions& options,
+                             MachineLimits& limits) {
   constexpr int kNodes = 500;
   ASSIGN_OR_RETURN(const Held memory, Held::Take(backend, Tier::kDevice, 4096));
   ArgmaxArgs args;
@@ -199,8 +200,8 @@ absl::Status MeasureLaunches(Backend& backend, const LimitsOptions& options, Lim
 
 }  // namespace
 
-absl::StatusOr<Limits> MeasureLimits(Backend& backend, const LimitsOptions& options) {
-  Limits limits;
+absl::StatusOr<MachineLimits> MeasureLimits(Backend& backend, const LimitsOptions& options) {
+  MachineLimits limits;
   RETURN_IF_ERROR(MeasureReading(backend, options, limits));
   RETURN_IF_ERROR(MeasureCopies(backend, options, limits));
   RETURN_IF_ERROR(MeasureMatrix(backend, options, limits));

@@ -22,7 +22,7 @@ struct Limit {
   double spread = 0;  // interquartile range / median
 };
 
-struct Limits {
+struct MachineLimits {
   std::vector<Limit> rows;
   DeviceProfile profile;  // the ones that floors are made of
 };
@@ -35,7 +35,7 @@ struct LimitsOptions {
 };
 
 // Takes and frees memory of both tiers: up to 2 GiB of each, half a GiB if brief.
-absl::StatusOr<Limits> MeasureLimits(Backend& backend, const LimitsOptions& options);
+absl::StatusOr<MachineLimits> MeasureLimits(Backend& backend, const LimitsOptions& options);
 
 // The limits that floors are made of, by the names that MeasureLimits gives them.
 DeviceProfile ProfileOf(const std::string& name, double element_bytes,

@@ -46,9 +46,13 @@ DeviceUse Aggregate(const std::vector<DeviceReading>& readings) {
     Raise(reading.processes, &use.processes_max);
     Raise(reading.link_generation, &use.link_generation_max);
     Raise(reading.link_width, &use.link_width_max);
-    const uint64_t reasons = reading.clock_reasons.value_or(0);
-    use.clock_reasons |= reasons;
-    throttled += (reasons & kThrottleReasons) != 0;
+    bool throttles = false;
+    for (const ClockReason& reason : ClockReasons()) {
+      if ((reading.clock_reasons.value_or(0) & reason.bit) == 0) continue;
+      use.clock_reason_shares[reason.name] += 1.0 / use.readings;
+      throttles |= reason.throttles;
+    }
+    throttled += throttles;
     use.energy_updates += energy_j && reading.energy_j && *reading.energy_j != *energy_j;
     if (reading.energy_j) energy_j = reading.energy_j;
   }

@@ -6,8 +6,10 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -47,8 +49,10 @@ struct DeviceUse {
   std::optional<int> processes_max;
   std::optional<int> link_generation_max;
   std::optional<int> link_width_max;
-  uint64_t clock_reasons = 0;    // all that were seen
-  double throttled_share = 0.0;  // of the readings, those with one of kThrottleReasons
+  // Of the readings, those with each reason of ClockReasons that was seen, and those with one that
+  // throttles.
+  std::map<std::string, double> clock_reason_shares;
+  double throttled_share = 0.0;
 };
 
 // REQUIRES: the readings stand in the order in which they were taken.

@@ -2,11 +2,8 @@
 
 #include <dlfcn.h>
 
-#include <utility>
-
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 
 namespace kvsweep {
 namespace {
@@ -122,18 +119,17 @@ struct Nvml::Functions {
   }
 };
 
-std::string ClockReasonNames(uint64_t reasons) {
-  constexpr std::pair<uint64_t, const char*> kNames[] = {
-      {0x1, "idle"},           {0x2, "application clocks"}, {0x4, "power cap"},
-      {0x8, "board slowdown"}, {0x10, "sync boost"},        {0x20, "thermal"},
-      {0x40, "board thermal"}, {0x80, "power brake"},       {0x100, "display clocks"}};
-  std::vector<std::string> names;
-  for (const auto& [bit, name] : kNames) {
-    if ((reasons & bit) != 0) names.push_back(name);
-    reasons &= ~bit;
-  }
-  if (reasons != 0) names.push_back(absl::StrCat("others (", absl::Hex(reasons), ")"));
-  return absl::StrJoin(names, ", ");
+std::span<const ClockReason> ClockReasons() {
+  static constexpr ClockReason kReasons[] = {{0x1, "idle"},
+                                             {0x2, "application_clocks"},
+                                             {0x4, "power_cap", true},
+                                             {0x8, "board", true},
+                                             {0x10, "sync_boost"},
+                                             {0x20, "thermal", true},
+                                             {0x40, "board_thermal", true},
+                                             {0x80, "power_brake", true},
+                                             {0x100, "display_clocks"}};
+  return kReasons;
 }
 
 absl::StatusOr<std::unique_ptr<Nvml>> Nvml::Open(const std::string& pci_address,

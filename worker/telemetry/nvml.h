@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
-#include <vector>
 
 #include "absl/status/statusor.h"
 
@@ -21,7 +21,7 @@ struct DeviceReading {
   std::optional<double> sm_clock_mhz;
   std::optional<double> memory_clock_mhz;
   std::optional<double> temperature_c;
-  std::optional<uint64_t> clock_reasons;    // why clocks are not higher: bits of ClockReasonNames
+  std::optional<uint64_t> clock_reasons;    // why clocks are not higher: bits of ClockReasons
   std::optional<double> memory_used_bytes;  // by all processes, the driver's own share left out
   std::optional<int> processes;             // that compute on it and can be seen from here
   std::optional<int> link_generation;       // PCIe, now; a device at rest lowers it
@@ -38,12 +38,14 @@ struct DeviceLimits {
   std::optional<int> link_width;
 };
 
-// The clocks are lowered by heat, by power or by the board: measured times are then not the
-// device's best.
-inline constexpr uint64_t kThrottleReasons = 0x4 | 0x8 | 0x20 | 0x40 | 0x80;
-
-// "power cap, thermal"; empty for 0.
-std::string ClockReasonNames(uint64_t reasons);
+// What a bit of clock_reasons stands for.
+struct ClockReason {
+  uint64_t bit = 0;
+  const char* name = "";   // "power_cap"
+  bool throttles = false;  // heat, power or the board hold the clocks down: measured times are then
+                           // not the device's best
+};
+std::span<const ClockReason> ClockReasons();
 
 // One device. One thread at a time.
 class Nvml {

@@ -69,11 +69,5 @@ TEST(Nvml, SaysWhyThereIsNone) {
   EXPECT_TRUE(absl::StrContains(unknown.message(), "0000:1b:00.9: Not Found")) << unknown;
 }
 
-TEST(ClockReasons, HaveNames) {
-  EXPECT_EQ(ClockReasonNames(0), "");
-  EXPECT_EQ(ClockReasonNames(0x4 | 0x20), "power cap, thermal");
-  EXPECT_EQ(ClockReasonNames(0x1000), "others (1000)");
-}
-
 }  // namespace
 }  // namespace kvsweep
