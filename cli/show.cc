@@ -125,7 +125,7 @@ std::string FormatShown(const Json& shown) {
     }
     return text;
   }
-  return absl::StrCat(text, "\n",
+  return absl::StrCat(text, FormatTelemetry(MetricsOf(shown, Metrics())), "\n",
                       FormatTrialBlock("Serving Benchmark Result", MetricsOf(shown, Metrics())));
 }
 

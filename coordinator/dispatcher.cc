@@ -39,6 +39,9 @@ UpsertWorker WorkerRow(const WorkerReport& report, int64_t unix_ns) {
   for (size_t slot = 0; slot < report.slots.size(); ++slot) {
     std::vector<std::string> devices;
     for (const DeviceDescription& device : report.slots[slot].devices) {
+      for (const auto& [name, value] : device.facts) {
+        row.facts[absl::StrCat("slot ", slot, " ", name)] = value;
+      }
       devices.push_back(absl::StrCat(device.backend, " ", device.name));
     }
     row.facts[absl::StrCat("slot ", slot)] = absl::StrJoin(devices, ", ");

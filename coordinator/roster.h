@@ -37,6 +37,7 @@ struct DeviceDescription {
   std::string name;
   std::string device_class;  // what must be equal for two measurements to compare
   uint64_t memory_bytes = 0;
+  std::map<std::string, std::string> facts;  // its limits, the preflight; for people
 };
 
 enum class HoldingPhase { kStarting, kRunning, kFinished, kFailed, kAbandoned };

@@ -60,10 +60,16 @@ absl::StatusOr<SlotReport> SlotFromWire(const SlotState& message) {
     RETURN_IF_ERROR(CheckName(device.backend(), "backend", /*required=*/true));
     RETURN_IF_ERROR(CheckName(device.name(), "device", /*required=*/false));
     RETURN_IF_ERROR(CheckName(device.device_class(), "device class", /*required=*/false));
-    slot.devices.push_back({.backend = device.backend(),
-                            .name = device.name(),
-                            .device_class = device.device_class(),
-                            .memory_bytes = device.memory_bytes()});
+    RETURN_IF_ERROR(CheckCount(device.facts_size(), limits::kLabelsPerWorker, "facts of a device"));
+    DeviceDescription description{.backend = device.backend(),
+                                  .name = device.name(),
+                                  .device_class = device.device_class(),
+                                  .memory_bytes = device.memory_bytes()};
+    for (const auto& [name, value] : device.facts()) {
+      RETURN_IF_ERROR(CheckName(name, "fact", /*required=*/true));
+      description.facts[name] = Shortened(value, limits::kNameLength);
+    }
+    slot.devices.push_back(std::move(description));
   }
   if (message.has_holding()) {
     ASSIGN_OR_RETURN(slot.holding, HoldingFromWire(message.holding()));

@@ -477,12 +477,102 @@ void AddCache(std::vector<Entry>* table) {
       [](const Digested& t) { return MeanSample(t, recorded::kWaiting); });
 }
 
+// What a part of a step is, for people.
+absl::string_view StackMeaning(absl::string_view part) {
+  constexpr std::pair<absl::string_view, absl::string_view> kMeanings[] = {
+      {"projections", "products around attention, and their norm."},
+      {"attention", "attention itself, positions and storing."},
+      {"selection", "choosing the entries that stay or are read."},
+      {"speculation", "looking ahead, where nothing hides it."},
+      {"transfer", "rows over the host link, where nothing hides them."},
+      {"mlp", "the feed-forward part and its norm."},
+      {"sampling", "last norm, logits and the choice of tokens."},
+      {"other", "embeddings and the step's own arrays."},
+      {"idle", "nothing ran on the device."},
+      {"host_gap", "between steps, waiting for the host (measured, not profiled)."}};
+  for (const auto& [name, meaning] : kMeanings) {
+    if (name == part) return meaning;
+  }
+  return "";
+}
+
+// Joules for each generated token, unless something makes that no figure to compare by.
+Computed EnergyPerToken(const Digested& trial) {
+  constexpr std::pair<const char*, const char*> kDoubts[] = {
+      {recorded::kEnergyNotRead, "the device's energy counter could not be read"},
+      {recorded::kEnergyTooShort, "the trial was too short for the device's energy counter"},
+      {recorded::kEnergyShared, "other processes used the device"},
+      {recorded::kEnergyThrottled, "heat or power held the device's clocks down"}};
+  std::string reasons;
+  for (const auto& [name, reason] : kDoubts) {
+    const auto found = trial.counters.find(name);
+    if (found == trial.counters.end() || found->second == 0) continue;
+    absl::StrAppend(&reasons, reasons.empty() ? "" : "; ", reason);
+  }
+  if (!reasons.empty()) return Computed::None(std::move(reasons));
+  const Computed energy = CounterValue(trial, recorded::kEnergyJ);
+  return energy.value ? Divide(*energy.value, GeneratedTokens(trial), kNoCompleted) : energy;
+}
+
+Computed DecodeOverPredicted(const Digested& trial) {
+  const Computed measured = CounterValue(trial, recorded::kDecodeStepNs);
+  const Computed predicted = CounterValue(trial, recorded::kPredictedDecodeStepNs);
+  if (!measured.value) return measured;
+  if (!predicted.value) return predicted;
+  return Divide(*measured.value, *predicted.value, "nothing was predicted");
+}
+
+Computed CounterMs(const Digested& trial, const std::string& name) {
+  const Computed nanoseconds = CounterValue(trial, name.c_str());
+  return nanoseconds.value ? Computed(*nanoseconds.value / kNsPerMs) : nanoseconds;
+}
+
+// What the device did meanwhile, and where a step's time goes.
+void AddTelemetry(std::vector<Entry>* table) {
+  const auto add = [&](MetricInfo info, std::function<Computed(const Digested&)> compute) {
+    table->push_back({std::move(info), std::move(compute)});
+  };
+  const auto counter = [](const char* name) {
+    return [name](const Digested& t) { return CounterValue(t, name); };
+  };
+  const auto milliseconds = [](const std::string& name) {
+    return [name](const Digested& t) { return CounterMs(t, name); };
+  };
+  add({"energy_j_per_token", "J/tok", kLower, "energy_j / total_output_tokens",
+       "The device's energy during the measurement, idle times included, for each generated token."},
+      EnergyPerToken);
+  add({"mean_power_w", "W", kNeutral, "counter power_w_mean", "Mean power of the device."},
+      counter(recorded::kPowerMean));
+  add({"mean_sm_clock_mhz", "MHz", kNeutral, "counter sm_clock_mhz_mean",
+       "Mean clock of the device's multiprocessors."},
+      counter(recorded::kSmClockMean));
+  add({"max_temperature_c", "C", kNeutral, "counter temperature_c_max",
+       "Highest temperature of the device."},
+      counter(recorded::kTemperatureMax));
+  add({"decode_step_ms", "ms", kLower, "counter decode_step_ns",
+       "Mean length of a step that only decodes, on the device's clock."},
+      milliseconds(recorded::kDecodeStepNs));
+  add({"predicted_decode_step_ms", "ms", kNeutral, "counter predicted_decode_step_ns",
+       "The least that such a step can take, by the limits of the node's preflight."},
+      milliseconds(recorded::kPredictedDecodeStepNs));
+  add({"decode_over_predicted", "", kLower, "decode_step_ns / predicted_decode_step_ns",
+       "Distance from that limit; above 1.5 look for a kernel or an overlap, not at the strategy."},
+      DecodeOverPredicted);
+  for (const absl::string_view part : recorded::kStackParts) {
+    const std::string name = absl::StrCat(recorded::kStackPrefix, part);
+    add({absl::StrCat(name, "_ms"), "ms", kNeutral, absl::StrCat("counter ", name, "_ns"),
+         absl::StrCat("Of a profiled decode step: ", StackMeaning(part))},
+        milliseconds(absl::StrCat(name, "_ns")));
+  }
+}
+
 const std::vector<Entry>& Table() {
   static const std::vector<Entry> table = [] {
     std::vector<Entry> entries;
     AddRates(&entries);
     AddLatencies(&entries);
     AddCache(&entries);
+    AddTelemetry(&entries);
     return entries;
   }();
   return table;
@@ -602,6 +692,17 @@ const std::vector<MetricInfo>& Metrics() {
     return infos;
   }();
   return metrics;
+}
+
+const std::vector<std::string>& TelemetryMetrics() {
+  static const std::vector<std::string> names = [] {
+    std::vector<Entry> entries;
+    AddTelemetry(&entries);
+    std::vector<std::string> all;
+    for (const Entry& entry : entries) all.push_back(entry.info.name);
+    return all;
+  }();
+  return names;
 }
 
 const std::vector<MetricInfo>& QualityMetrics() {

@@ -49,6 +49,27 @@ inline constexpr char kKvHostBytes[] = "kv_host_bytes";  // sample
 inline constexpr char kRunning[] = "running_requests";   // sample
 inline constexpr char kWaiting[] = "waiting_requests";   // sample
 inline constexpr char kStepNs[] = "step_ns";             // sample: length of a step
+// Counters of what the device did during the measurement.
+inline constexpr char kEnergyJ[] = "energy_j";
+inline constexpr char kPowerMean[] = "power_w_mean";
+inline constexpr char kSmClockMean[] = "sm_clock_mhz_mean";
+inline constexpr char kTemperatureMax[] = "temperature_c_max";
+// Counters, 1 where the energy is no figure to compare by: it could not be read, its counter moved
+// too rarely, others used the device, or heat or power held its clocks down.
+inline constexpr char kEnergyNotRead[] = "energy_not_read";
+inline constexpr char kEnergyTooShort[] = "energy_too_short";
+inline constexpr char kEnergyShared[] = "energy_shared";
+inline constexpr char kEnergyThrottled[] = "energy_throttled";
+// Counters about steps that only decode: mean length on the device's clock, and the least that the
+// preflight's limits allow for what they read, fetched and computed.
+inline constexpr char kDecodeStepNs[] = "decode_step_ns";
+inline constexpr char kPredictedDecodeStepNs[] = "predicted_decode_step_ns";
+// Counters: parts of a profiled decode step, by name of the part: "stack_attention_ns".
+inline constexpr char kStackPrefix[] = "stack_";
+inline constexpr const char* kStackParts[] = {"projections", "attention", "selection",
+                                              "speculation", "transfer",  "mlp",
+                                              "sampling",    "other",     "idle",
+                                              "host_gap"};
 }  // namespace recorded
 
 // The records of one execution of a load trial. Borrowed; cheap to copy.
@@ -79,6 +100,9 @@ struct MetricInfo {
 
 // The table, in the order of presentation. Thread-safe.
 const std::vector<MetricInfo>& Metrics();
+
+// Of these, what the device did meanwhile and where a step's time goes, by name.
+const std::vector<std::string>& TelemetryMetrics();
 
 // The declaration of `name`; null if there is none. Quality metrics included.
 const MetricInfo* FindMetric(absl::string_view name);

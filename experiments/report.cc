@@ -165,6 +165,10 @@ class Comparer {
     }
     const std::vector<double> attended = ValuesByRepeat(usable, "attended_fraction");
     if (!attended.empty()) compared.attended_fraction = EstimateMean(attended).mean;
+    for (const std::string& name : TelemetryMetrics()) {
+      const std::vector<double> values = ValuesByRepeat(usable, name);
+      if (!values.empty()) compared.telemetry[name] = EstimateMean(values).mean;
+    }
     compared.quality = FindQuality(trials, compared);
     AddNotes(trials, context, &compared);
     AddRegimeNote(trials, &compared);

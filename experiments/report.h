@@ -155,6 +155,7 @@ struct ComparedArm {
   std::string engagement;                   // "-", "engaged", "not engaged", "engaged 2 of 3"
   std::vector<ComparedMetric> metrics;      // in the order of Comparison::metrics
   std::optional<double> attended_fraction;  // mean over repeats
+  std::map<std::string, double> telemetry;  // likewise, those of TelemetryMetrics that it has
   std::optional<ComparedQuality> quality;
   std::vector<std::string> notes;  // evidence, unlike contexts, repeated executions
 };
@@ -198,6 +199,10 @@ std::string FormatComparison(const Comparison& comparison, ReportFormat format);
 
 // The console block of vLLM's `bench serve` for one trial.
 std::string FormatTrialBlock(absl::string_view title, const std::vector<SummaryMetric>& metrics);
+
+// What the device did during a trial, how far its decode steps are from the machine's limits, and
+// where their time goes, as a bar for each part. Empty when nothing of it was measured.
+std::string FormatTelemetry(const std::vector<SummaryMetric>& metrics);
 
 // One trial as the flat JSON of vLLM's benchmarks: metric names to numbers or null, and "reasons"
 // for the nulls.

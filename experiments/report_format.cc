@@ -111,6 +111,13 @@ std::string OptionalText(const std::optional<double>& value, int digits) {
   return value ? Significant(*value, digits) : "-";
 }
 
+constexpr char kOverPredicted[] = "decode_over_predicted";
+
+std::optional<double> TelemetryValue(const ComparedArm& arm, const std::string& name) {
+  const auto found = arm.telemetry.find(name);
+  return found == arm.telemetry.end() ? std::nullopt : std::optional<double>(found->second);
+}
+
 std::string OutcomesText(const ComparedArm& arm) {
   const auto formatter = [](std::string* out, const auto& entry) {
     absl::StrAppend(out, entry.first, " ", entry.second);
@@ -208,6 +215,10 @@ std::string FormatCellTable(const ComparedCell& cell, const std::vector<std::str
   std::vector<std::vector<std::string>> titles = {{"arm"}, {"n"}};
   for (const std::string& metric : metrics) titles.push_back(MetricTitle(metric));
   titles.push_back({"attended", "fraction"});
+  const bool with_limit = std::ranges::any_of(cell.arms, [](const ComparedArm& arm) {
+    return TelemetryValue(arm, kOverPredicted).has_value();
+  });
+  if (with_limit) titles.push_back({"decode", "over", "limit"});
   titles.push_back({"engaged"});
   if (with_quality) {
     titles.insert(titles.end(), {{"ppl"}, {"KL", "(nats)"}, {"top-1", "agree"}});
@@ -222,6 +233,7 @@ std::string FormatCellTable(const ComparedCell& cell, const std::vector<std::str
       differences.push_back(WithVerdict(metric, VerdictMark(metric.verdict)));
     }
     values.push_back(OptionalText(arm.attended_fraction, 3));
+    if (with_limit) values.push_back(OptionalText(TelemetryValue(arm, kOverPredicted), 3));
     values.push_back(arm.engagement == "engaged" ? "yes" : arm.engagement);
     if (with_quality) {
       values.push_back(OptionalText(QualityValue(arm, "ppl"), 4));
@@ -569,6 +581,7 @@ Json ToJson(const ComparedArm& arm) {
                {"outcomes", arm.outcomes},
                {"engagement", arm.engagement},
                {"attended_fraction", ToJson(arm.attended_fraction)}};
+  json["telemetry"] = arm.telemetry;
   json["metrics"] = Json::array();
   for (const ComparedMetric& metric : arm.metrics) json["metrics"].push_back(ToJson(metric));
   json["quality"] = nullptr;

@@ -72,7 +72,68 @@ std::string BlockValue(const SummaryMetric& metric) {
                          : absl::StrFormat(unit.empty() ? "%.4f" : "%.2f", *metric.value);
 }
 
+const SummaryMetric* Find(const std::vector<SummaryMetric>& metrics, absl::string_view name) {
+  const auto found = std::ranges::find(metrics, name, &SummaryMetric::name);
+  return found == metrics.end() ? nullptr : &*found;
+}
+
+std::optional<double> ValueOf(const std::vector<SummaryMetric>& metrics, absl::string_view name) {
+  const SummaryMetric* const metric = Find(metrics, name);
+  return metric == nullptr ? std::nullopt : metric->value;
+}
+
+constexpr int kBarWidth = 40;
+
+// The parts of a decode step, each with its bar; a bar of full width is the whole.
+std::string FormatStack(const std::vector<SummaryMetric>& metrics) {
+  std::vector<std::pair<absl::string_view, double>> parts;
+  double total_ms = 0;
+  for (const absl::string_view part : recorded::kStackParts) {
+    const auto value_ms = ValueOf(metrics, absl::StrCat(recorded::kStackPrefix, part, "_ms"));
+    if (!value_ms) continue;
+    parts.emplace_back(part, *value_ms);
+    total_ms += *value_ms;
+  }
+  if (total_ms <= 0) return "";
+  std::string text = absl::StrFormat("where a decode step's time goes (%.4g ms)\n", total_ms);
+  for (const auto& [part, value_ms] : parts) {
+    const double share = value_ms / total_ms;
+    absl::StrAppendFormat(&text, "  %-12s %10.4g ms %5.1f %%  %s\n", part, value_ms, 100 * share,
+                          std::string(static_cast<size_t>(std::lround(share * kBarWidth)), '#'));
+  }
+  return text;
+}
+
 }  // namespace
+
+std::string FormatTelemetry(const std::vector<SummaryMetric>& metrics) {
+  std::string text;
+  if (const auto power_w = ValueOf(metrics, "mean_power_w")) {
+    absl::StrAppendFormat(&text, "device\n  power        %10.4g W in the mean\n", *power_w);
+    if (const auto clock_mhz = ValueOf(metrics, "mean_sm_clock_mhz")) {
+      absl::StrAppendFormat(&text, "  SM clock     %10.4g MHz in the mean\n", *clock_mhz);
+    }
+    if (const auto celsius = ValueOf(metrics, "max_temperature_c")) {
+      absl::StrAppendFormat(&text, "  temperature  %10.4g C at most\n", *celsius);
+    }
+    const SummaryMetric* const energy = Find(metrics, "energy_j_per_token");
+    if (energy != nullptr && energy->value) {
+      absl::StrAppendFormat(&text, "  energy       %10.4g J for each generated token\n",
+                            *energy->value);
+    } else if (energy != nullptr) {
+      absl::StrAppend(&text, "  energy       no figure for a token: ", energy->reason, "\n");
+    }
+  }
+  const auto measured_ms = ValueOf(metrics, "decode_step_ms");
+  const auto predicted_ms = ValueOf(metrics, "predicted_decode_step_ms");
+  if (measured_ms && predicted_ms && *predicted_ms > 0) {
+    absl::StrAppendFormat(&text,
+                          "a decode step took %.4g ms, %.2f times the %.4g ms that the machine's "
+                          "limits allow\n",
+                          *measured_ms, *measured_ms / *predicted_ms, *predicted_ms);
+  }
+  return text + FormatStack(metrics);
+}
 
 std::string FormatTrialBlock(absl::string_view title, const std::vector<SummaryMetric>& metrics) {
   std::string text = Centred(absl::StrCat(" ", title, " "), '=');

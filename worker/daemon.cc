@@ -441,6 +441,7 @@ WorkerState Worker::Daemon::ComposeState() {
     device.set_name(hello.device());
     device.set_device_class(hello.device_class());
     device.set_memory_bytes(hello.device_memory_bytes());
+    *device.mutable_facts() = hello.facts();
   }
   for (const ShelvedModel& model : shelf_.models()) {
     HeldModel& held = *state.add_models();
