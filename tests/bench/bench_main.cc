@@ -1,21 +1,25 @@
-// kvsweep-bench: what the machine can carry, and how near to that the kernels and whole steps come.
+// kvsweep-bench: what the machine can carry, and how near to that kernels and whole steps come.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "base/clock.h"
+#include "base/file.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/limits.h"
+#include "kernels/measure.h"
+#include "tests/bench/bench.h"
 #include "tests/bench/cases.h"
-#include "tests/bench/limits.h"
-#include "tests/bench/measure.h"
-#include "tests/bench/step.h"
-#include "worker/engine/model_config.h"
-#include "worker/engine/shape_catalogue.h"
+#include "tests/bench/results.h"
+#include "tests/bench/targets.h"
 #ifdef KVSWEEP_BENCH_CUDA
 #include "kernels/cuda/cuda_backend.h"
 #endif
@@ -23,45 +27,47 @@
 namespace kvsweep {
 namespace {
 
+constexpr int64_t kDocumentBytes = int64_t{4} << 20;
+
 struct Options {
   std::string backend = "auto";
   int threads = 0;
   std::vector<std::string> axes;
-  std::vector<std::string> cases;
+  std::vector<std::string> only;
   std::vector<std::string> models;
+  std::vector<std::string> arms = {"paged"};
   std::string format = "table";
   StopRule rule;
+  std::string output;
+  std::string peers;
+  std::string document;
+  std::vector<std::string> results;
+  double budget_s = 450;
+  bool fresh = false;
+  BenchSizes sizes;
 };
 
-absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const Options& options) {
+absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const Options& options,
+                                                       bool batch_invariant) {
 #ifdef KVSWEEP_BENCH_CUDA
-  if (options.backend == "cuda") return CreateCudaBackend({});
-  if (options.backend == "auto" && ProbeCuda().ok()) return CreateCudaBackend({});
+  if (options.backend == "cuda" || (options.backend == "auto" && ProbeCuda().ok())) {
+    return CreateCudaBackend({.batch_invariant = batch_invariant});
+  }
 #else
   if (options.backend == "cuda") {
     return absl::FailedPreconditionError("this program was built without the CUDA backend");
   }
 #endif
-  return CreateCpuBackend({.threads = options.threads});
+  return CreateCpuBackend({.threads = options.threads, .batch_invariant = batch_invariant});
 }
 
-// One line of the output.
-struct Row {
-  std::string name;
-  std::string point;
-  Timing timing;
-  Cost cost;
-  double floor_ns = 0;
-  std::string bound;  // which limit the floor comes from
-  std::string error;
-};
-
-void SetFloor(const DeviceProfile& limits, Row* row) {
-  const double device = row->cost.device_bytes / limits.device_bytes_per_s * 1e9;
-  const double link = row->cost.link_bytes / limits.link_bytes_per_s * 1e9;
-  const double operations = row->cost.operations / limits.operations_per_s * 1e9;
-  row->floor_ns = std::max({device, link, operations});
-  row->bound = row->floor_ns == device ? "read" : row->floor_ns == link ? "link" : "matrix";
+// How limits read the device's memory.
+std::function<absl::StatusOr<std::vector<double>>()> ReadDevice() {
+#ifdef KVSWEEP_BENCH_CUDA
+  return [] { return MeasureCudaReading(); };
+#else
+  return nullptr;
+#endif
 }
 
 // Prints rows as they come (table, CSV) or all at the end (JSON).
@@ -73,6 +79,10 @@ class Printer {
     if (format_ == "table") {
       std::printf("%s, %s, driver %s\n", info.backend.c_str(), info.device.c_str(),
                   info.driver.c_str());
+    } else if (format_ == "csv") {
+      std::printf(
+          "case,measured,unit,spread,floor,bound,ratio,ratio is,target,met,device bytes,link "
+          "bytes,operations,samples,stop or error\n");
     }
     json_["device"] = info.device;
     json_["driver"] = info.driver;
@@ -83,7 +93,7 @@ class Printer {
       std::printf("limit  %-40s %12.5g %-5s +- %.1f %%\n", limit.name.c_str(), limit.value,
                   limit.unit.c_str(), 100 * limit.spread);
     } else if (format_ == "csv") {
-      std::printf("limit,%s,%.6g,%s,%.4f\n", limit.name.c_str(), limit.value, limit.unit.c_str(),
+      std::printf("limit %s,%.6g,%s,%.4f\n", limit.name.c_str(), limit.value, limit.unit.c_str(),
                   limit.spread);
     }
     json_["limits"].push_back({{"name", limit.name},
@@ -91,42 +101,40 @@ class Printer {
                                {"unit", limit.unit},
                                {"spread", limit.spread}});
   }
-  void PrintRow(const Row& row) {
-    const double ratio = row.timing.median_ns > 0 ? row.floor_ns / row.timing.median_ns : 0;
-    if (format_ == "table") {
-      if (!row.error.empty()) {
-        std::printf("%-18s %-60s %s\n", row.name.c_str(), row.point.c_str(), row.error.c_str());
-      } else {
-        std::printf(
-            "%-18s %-60s %10.2f us +- %4.1f %% floor %10.2f us (%s) %5.1f %%  %8.2f GB/s %8.2f "
-            "TFLOP/s  %d %s\n",
-            row.name.c_str(), row.point.c_str(), row.timing.median_ns / 1e3,
-            100 * row.timing.spread, row.floor_ns / 1e3, row.bound.c_str(), 100 * ratio,
-            (row.cost.device_bytes + row.cost.link_bytes) / row.timing.median_ns,
-            row.cost.operations / row.timing.median_ns / 1e3, row.timing.samples,
-            row.timing.stop.c_str());
-      }
+  void PrintRow(const ResultRow& row) {
+    const std::string end = row.error.empty() ? row.stop : row.error;
+    if (format_ == "table" && !row.error.empty()) {
+      std::printf("%-62s %s\n", row.name.c_str(), row.error.c_str());
+    } else if (format_ == "table") {
+      std::printf("%-62s %9.3f %-2s +- %4.1f %% floor %9.3f (%s) %.3f %s%s  %d %s\n",
+                  row.name.c_str(), row.measured, row.unit.c_str(), 100 * row.spread, row.floor,
+                  row.bound.c_str(), row.ratio, row.ratio_is.c_str(), Verdict(row).c_str(),
+                  row.samples, row.stop.c_str());
+      if (!row.note.empty()) std::printf("    %s\n", row.note.c_str());
     } else if (format_ == "csv") {
-      std::printf("%s,%s,%.3f,%.4f,%.3f,%s,%.4f,%.0f,%.0f,%.0f,%d,%s\n", row.name.c_str(),
-                  row.point.c_str(), row.timing.median_ns / 1e3, row.timing.spread,
-                  row.floor_ns / 1e3, row.bound.c_str(), ratio, row.cost.device_bytes,
-                  row.cost.link_bytes, row.cost.operations, row.timing.samples,
-                  row.error.empty() ? row.timing.stop.c_str() : row.error.c_str());
+      std::printf("%s,%.4f,%s,%.4f,%.4f,%s,%.4f,%s,%.4f,%d,%.0f,%.0f,%.0f,%d,%s\n",
+                  row.name.c_str(), row.measured, row.unit.c_str(), row.spread, row.floor,
+                  row.bound.c_str(), row.ratio, row.ratio_is.c_str(), row.target, row.met(),
+                  row.cost.device_bytes, row.cost.link_bytes, row.cost.operations, row.samples,
+                  end.c_str());
     }
     std::fflush(stdout);
     json_["rows"].push_back({{"case", row.name},
-                             {"point", row.point},
-                             {"measured", row.timing.median_ns / 1e3},
-                             {"unit", "us"},
-                             {"spread", row.timing.spread},
-                             {"floor", row.floor_ns / 1e3},
+                             {"measured", row.measured},
+                             {"unit", row.unit},
+                             {"spread", row.spread},
+                             {"floor", row.floor},
                              {"bound", row.bound},
-                             {"ratio", ratio},
+                             {"ratio", row.ratio},
+                             {"ratio_is", row.ratio_is},
+                             {"target", row.target},
+                             {"met", row.met()},
                              {"device_bytes", row.cost.device_bytes},
                              {"link_bytes", row.cost.link_bytes},
                              {"operations", row.cost.operations},
-                             {"samples", row.timing.samples},
-                             {"stop", row.timing.stop},
+                             {"samples", row.samples},
+                             {"stop", row.stop},
+                             {"note", row.note},
                              {"error", row.error}});
   }
   void Finish() const {
@@ -134,141 +142,326 @@ class Printer {
   }
 
  private:
+  static std::string Verdict(const ResultRow& row) {
+    if (row.target == 0) return "";
+    return absl::StrCat(row.at_least ? ", at least " : ", at most ", row.target,
+                        row.met() ? ": met" : ": missed");
+  }
+
   std::string format_;
   nlohmann::json json_;
 };
 
 std::string Show(const Point& point) {
-  std::string text;
-  for (const auto& [name, value] : point.values()) {
-    absl::StrAppend(&text, text.empty() ? "" : " ", name, "=", value);
-  }
-  return text;
+  return absl::StrJoin(point.values(), " ", absl::PairFormatter("="));
 }
 
-// Calls in one graph: a millisecond's worth and every set of data at least once.
-int Operations(const PreparedCase& prepared, double floor_ns) {
-  const double wanted = std::clamp(1e6 / std::max(floor_ns, 1000.0), 1.0, 200.0);
-  const int rounds = std::max(1, static_cast<int>(wanted) / prepared.sets);
-  return std::min(rounds * prepared.sets, 512);
-}
-
-absl::Status TimeCase(Backend& backend, const StopRule& rule, const DeviceProfile& limits,
-                      CaseMemory& memory, absl::StatusOr<PreparedCase> prepared, Row* row) {
-  if (!prepared.ok()) return prepared.status();
-  RETURN_IF_ERROR(memory.backend().WaitAll());
-  row->cost = prepared->cost;
-  SetFloor(limits, row);
-  ASSIGN_OR_RETURN(row->timing,
-                   Measure(backend, Operations(*prepared, row->floor_ns), prepared->enqueue, rule));
-  return absl::OkStatus();
-}
-
-absl::StatusOr<std::vector<Axis>> GivenAxes(const Options& options) {
-  std::vector<Axis> given;
+absl::StatusOr<std::vector<BenchAxis>> GivenAxes(const Options& options) {
+  std::vector<BenchAxis> given;
   for (const std::string& text : options.axes) {
     ASSIGN_OR_RETURN(given.emplace_back(), ParseAxis(text));
   }
   return given;
 }
 
-void Override(const std::vector<Axis>& given, std::vector<Axis>* axes) {
-  for (Axis& axis : *axes) {
-    for (const Axis& other : given) {
+// All points of `axes`, those that were given in place of the defaults. InvalidArgument for an axis
+// that nobody has asked for.
+absl::StatusOr<std::vector<Point>> PointsOf(std::vector<BenchAxis> axes,
+                                            const std::vector<BenchAxis>& given) {
+  for (BenchAxis& axis : axes) {
+    for (const BenchAxis& other : given) {
       if (other.name == axis.name) axis = other;
     }
   }
+  return Expand(axes);
 }
 
-absl::Status RunLimits(Backend& backend, const Options&, Printer& printer) {
-  ASSIGN_OR_RETURN(const Limits limits, MeasureLimits(backend, /*all=*/true));
-  for (const Limit& limit : limits.rows) printer.PrintLimit(limit);
-  return absl::OkStatus();
-}
+// ---------------------------------------------------------------------------------------- commands
 
-absl::Status RunKernels(Backend& backend, const Options& options, Printer& printer) {
-  ASSIGN_OR_RETURN(const std::vector<Axis> given, GivenAxes(options));
-  ASSIGN_OR_RETURN(const Limits limits, MeasureLimits(backend, /*all=*/false));
-  for (const Limit& limit : limits.rows) printer.PrintLimit(limit);
-  for (const KernelCase& kernel : KernelCases()) {
-    const auto& wanted = options.cases;
-    if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), kernel.name) == wanted.end()) {
+// Measures rows one by one; a row's error is its result.
+class Command {
+ public:
+  Command(Bench& bench, const Options& options, Printer& printer)
+      : bench_(bench), options_(options), printer_(printer) {}
+
+  absl::Status Limits(bool all) {
+    ASSIGN_OR_RETURN(Backend* const backend, bench_.Use());
+    ASSIGN_OR_RETURN(bench_.limits(),
+                     MeasureLimits(*backend, {.all = all, .read_device = ReadDevice()}));
+    for (const Limit& limit : bench_.limits().rows) printer_.PrintLimit(limit);
+    return absl::OkStatus();
+  }
+
+  absl::Status Kernels() {
+    ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
+    RETURN_IF_ERROR(Limits(false));
+    for (const KernelCase& kernel : KernelCases()) {
+      const auto& wanted = options_.only;
+      if (!wanted.empty() && std::ranges::find(wanted, kernel.name) == wanted.end()) continue;
+      ASSIGN_OR_RETURN(const std::vector<Point> points, PointsOf(kernel.axes, given));
+      for (const Point& point : points) {
+        Measure(absl::StrCat(kernel.name, " ", Show(point)), [&](ResultRow* row) {
+          return TimeKernel(bench_, kernel.name, point.values(), row);
+        });
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Step() {
+    ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
+    RETURN_IF_ERROR(Limits(false));
+    ASSIGN_OR_RETURN(const std::vector<Point> points,
+                     PointsOf({{"B", {8}}, {"context", {1024}}}, given));
+    for (const std::string& model : options_.models) {
+      for (const Point& point : points) {
+        for (const OffloadArm& choice : StepArms(point.at("context"))) {
+          const auto& wanted = options_.arms;
+          if (std::ranges::find(wanted, choice.arm.name()) == wanted.end()) continue;
+          Measure(absl::StrCat("step ", model, " ", Show(point), " ", choice.arm.name()),
+                  [&](ResultRow* row) {
+                    return TimeArmStep(bench_, model, choice.arm, point.at("B"),
+                                       point.at("context"), choice.fetched, false, row);
+                  });
+        }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Burst() {
+    ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
+    RETURN_IF_ERROR(Limits(false));
+    ASSIGN_OR_RETURN(
+        const std::vector<Point> points,
+        PointsOf({{"B", {64}}, {"input", {512}}, {"output", {128}}, {"tokens", {2048, 8192}}},
+                 given));
+    for (const std::string& model : options_.models) {
+      for (const Point& point : points) {
+        Measure(absl::StrCat("burst ", model, " ", Show(point)), [&](ResultRow* row) {
+          return TimeBurst(bench_, model, point.at("B"), point.at("input"), point.at("output"),
+                           point.at("tokens"), row);
+        });
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Offload() {
+    ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
+    RETURN_IF_ERROR(Limits(false));
+    ASSIGN_OR_RETURN(const std::vector<Point> points,
+                     PointsOf({{"B", {8}}, {"context", {1920}}, {"selected", {400}}}, given));
+    for (const std::string& model : options_.models) {
+      for (const Point& point : points) {
+        for (const OffloadArm& choice : OffloadArms(point.at("context"), point.at("selected"))) {
+          const std::string name = absl::StrCat(model, " ", Show(point), " ", choice.arm.name());
+          Measure("offload " + name, [&](ResultRow* row) {
+            return TimeArmStep(bench_, model, choice.arm, point.at("B"), point.at("context"),
+                               choice.fetched, true, row);
+          });
+          if (choice.target == 0 || choice.arm.name() == "h2o-device") continue;
+          Measure("hidden " + name, [&](ResultRow* row) {
+            return TimeHidden(bench_, model, choice.arm, point.at("B"), point.at("context"),
+                              choice.fetched, true, row);
+          });
+        }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  // A table that is kept in a file and gone on with.
+  absl::Status Table(const std::string& name, const std::vector<BenchRow>& rows,
+                     const std::string& command) {
+    const int64_t begun_ns = RealClock::Get().NowNs();
+    ASSIGN_OR_RETURN(Backend* const backend, bench_.Use());
+    const ResultHeader header{.table = name, .device = backend->info(), .command = command};
+    ASSIGN_OR_RETURN(ResultFile file, ResultFile::Open(options_.output, header, options_.fresh));
+    if (!options_.peers.empty()) {
+      ASSIGN_OR_RETURN(bench_.peers(), ReadPeers(options_.peers));
+      RETURN_IF_ERROR(file.SetPeers(bench_.peers()));
+    }
+    if (file.limits().profile.device_bytes_per_s > 0) {
+      bench_.limits() = file.limits();
+    } else {
+      RETURN_IF_ERROR(Limits(true));
+      RETURN_IF_ERROR(file.SetLimits(bench_.limits()));
+    }
+    size_t left = 0;
+    for (const BenchRow& todo : rows) {
+      if (!Wanted(todo.row.name) || file.Has(todo.row.name)) continue;
+      const int64_t spent_ns = RealClock::Get().NowNs() - begun_ns;
+      if (static_cast<double>(spent_ns) > options_.budget_s * kNsPerSecond) {
+        ++left;
+        continue;
+      }
+      RETURN_IF_ERROR(
+          file.Add(Measure(todo.row, [&](ResultRow* row) { return todo.measure(bench_, row); })));
+    }
+    if (left == 0) return absl::OkStatus();
+    return absl::DeadlineExceededError(
+        absl::StrCat("the budget of ", options_.budget_s, " s is spent, ", left,
+                     " rows are left: run the same command again to go on"));
+  }
+
+ private:
+  // The arms of `step`: those of the offloading table are over given counts too.
+  static std::vector<OffloadArm> StepArms(int64_t context) {
+    std::vector<OffloadArm> arms = OffloadArms(context, std::max<int64_t>(1, context / 20));
+    OffloadArm paged;
+    paged.arm.set_name("paged");
+    paged.arm.set_strategy("paged");
+    paged.arm.mutable_paged();
+    arms.insert(arms.begin(), paged);
+    return arms;
+  }
+
+  bool Wanted(const std::string& name) const {
+    if (options_.only.empty()) return true;
+    return std::ranges::any_of(options_.only, [&](const std::string& part) {
+      return name.find(part) != std::string::npos;
+    });
+  }
+
+  ResultRow Measure(ResultRow row, const std::function<absl::Status(ResultRow*)>& measure) {
+    const absl::Status status = measure(&row);
+    if (!status.ok()) row.error = std::string(status.message());
+    printer_.PrintRow(row);
+    return row;
+  }
+  void Measure(const std::string& name, const std::function<absl::Status(ResultRow*)>& measure) {
+    Measure(ResultRow{.name = name}, measure);
+  }
+
+  Bench& bench_;
+  const Options& options_;
+  Printer& printer_;
+};
+
+// Prints the tables of result files, or puts them into a document.
+absl::Status PrintTables(const Options& options) {
+  std::string document;
+  if (!options.document.empty()) {
+    ASSIGN_OR_RETURN(document, ReadFile(options.document, kDocumentBytes));
+  }
+  for (const std::string& path : options.results) {
+    ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kDocumentBytes));
+    ASSIGN_OR_RETURN(const std::string table, Annotate(MarkdownTable(text), path));
+    if (options.document.empty()) {
+      std::cout << table;
       continue;
     }
-    std::vector<Axis> axes = kernel.axes;
-    Override(given, &axes);
-    for (const Point& point : Expand(axes)) {
-      CaseMemory memory(backend);
-      Row row{.name = kernel.name, .point = Show(point)};
-      const absl::Status status = TimeCase(backend, options.rule, limits.profile, memory,
-                                           kernel.prepare(memory, point), &row);
-      if (!status.ok()) row.error = std::string(status.message());
-      printer.PrintRow(row);
-    }
+    const std::string name = nlohmann::json::parse(text).value("table", "");
+    ASSIGN_OR_RETURN(document, Annotate(ReplaceTable(document, name, table), options.document));
   }
-  return absl::OkStatus();
+  if (options.document.empty()) return absl::OkStatus();
+  return WriteFileAtomic(options.document, document);
 }
 
-// A catalogue name, or a model folder.
-absl::StatusOr<ModelConfig> FindModel(const std::string& name) {
-  if (name.find('/') != std::string::npos) return LoadModelConfig(name);
-  return FindShape(name);
+// ------------------------------------------------------------------------------------ command line
+
+struct Commands {
+  CLI::App* limits = nullptr;
+  CLI::App* kernels = nullptr;
+  CLI::App* step = nullptr;
+  CLI::App* burst = nullptr;
+  CLI::App* offload = nullptr;
+  CLI::App* targets = nullptr;
+  CLI::App* shapes = nullptr;
+  CLI::App* table = nullptr;
+};
+
+void DefineMeasuring(CLI::App* command, Options& options) {
+  command->add_option("--backend", options.backend, "cpu, cuda, or auto: cuda where a device is")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  command->add_option("--threads", options.threads, "of the CPU backend; 0: one for each core");
+  command->add_option("--format", options.format)->check(CLI::IsMember({"table", "csv", "json"}));
+  command->add_option("--seconds", options.rule.seconds, "at most, for each timing");
+  command->add_option("--noise", options.rule.relative_error, "relative error to stop at");
 }
 
-absl::Status RunStep(Backend& backend, const Options& options, Printer& printer) {
-  ASSIGN_OR_RETURN(const std::vector<Axis> given, GivenAxes(options));
-  ASSIGN_OR_RETURN(const Limits limits, MeasureLimits(backend, /*all=*/false));
-  for (const Limit& limit : limits.rows) printer.PrintLimit(limit);
-  for (const std::string& name : options.models) {
-    ASSIGN_OR_RETURN(const ModelConfig model, FindModel(name));
-    std::vector<Axis> axes = {{"B", {8}}, {"context", {1024}}};
-    Override(given, &axes);
-    for (const Point& point : Expand(axes)) {
-      CaseMemory memory(backend);
-      Row row{.name = "step", .point = absl::StrCat(name, " ", Show(point))};
-      const absl::Status status =
-          TimeCase(backend, options.rule, limits.profile, memory,
-                   PrepareStep(memory, model, point.at("B"), point.at("context")), &row);
-      if (!status.ok()) row.error = std::string(status.message());
-      printer.PrintRow(row);
-    }
+void DefineTable(CLI::App* command, Options& options) {
+  command->add_option("-o,--output", options.output,
+                      "JSON file of the rows; those that it has, of this device and build, are not "
+                      "measured again");
+  command->add_flag("--fresh", options.fresh, "measure them all again");
+  command->add_option("--only", options.only, "rows whose name has this part; repeatable");
+  command->add_option("--budget", options.budget_s, "seconds after which no row is begun")
+      ->capture_default_str();
+  command
+      ->add_option("--shrink", options.sizes.shrink,
+                   "divide batches and lengths by it, and use tiny models: to try the command "
+                   "where there is no GPU")
+      ->check(CLI::Range(1, 1024));
+}
+
+Commands Define(CLI::App& app, Options& options) {
+  Commands all;
+  all.limits = app.add_subcommand("limits", "what the machine can carry");
+  all.kernels = app.add_subcommand("kernels", "single kernels over axes");
+  all.step = app.add_subcommand("step", "whole decode steps through the engine");
+  all.burst = app.add_subcommand("burst", "requests that all arrive at once, served to the end");
+  all.offload = app.add_subcommand("offload", "decode steps whose cache lies on the host");
+  all.targets = app.add_subcommand("targets", "the table of targets, kept in a file");
+  all.shapes = app.add_subcommand("shapes", "decode steps of model shapes, kept in a file");
+  all.table = app.add_subcommand("table", "print the table of result files, without measuring");
+  for (CLI::App* command :
+       {all.limits, all.kernels, all.step, all.burst, all.offload, all.targets, all.shapes}) {
+    DefineMeasuring(command, options);
   }
-  return absl::OkStatus();
+  for (CLI::App* command : {all.kernels, all.step, all.burst, all.offload}) {
+    command->add_option("-a,--axis", options.axes, "NAME=[NUMBER,...], for example B=[1,8,32]");
+  }
+  for (CLI::App* command : {all.step, all.burst, all.offload}) {
+    command->add_option("--model", options.models, "name of a shape, or a model folder")
+        ->required();
+  }
+  all.kernels->add_option("--case", options.only, "only these kernels");
+  all.step->add_option("--arm", options.arms,
+                       "paged, infinigen, infinigen-resident, infinigen-no-prefetch, fetch-all, "
+                       "h2o-device, h2o-host; repeatable");
+  for (CLI::App* command : {all.targets, all.shapes}) DefineTable(command, options);
+  all.targets->add_option("--peers", options.peers, "what scripts/bench-peers wrote");
+  all.table->add_option("results", options.results, "JSON files of targets or shapes")->required();
+  all.table->add_option("--into", options.document,
+                        "document to put the tables into, between its markers");
+  return all;
+}
+
+absl::Status Run(const Commands& commands, Options& options, const std::string& line) {
+  if (commands.table->parsed()) return PrintTables(options);
+  if (options.sizes.shrink > 1) {
+    options.sizes.grouped = "tiny-llama";
+    options.sizes.plain = "tiny-opt";
+    options.sizes.shapes = {"tiny-opt", "tiny-llama"};
+  }
+  Bench bench([&](bool invariant) { return CreateBackend(options, invariant); }, options.rule);
+  Printer printer(options.format);
+  ASSIGN_OR_RETURN(const Backend* const backend, bench.Use());
+  printer.PrintHead(backend->info());
+  Command command(bench, options, printer);
+  const absl::Status status = commands.limits->parsed()    ? command.Limits(true)
+                              : commands.kernels->parsed() ? command.Kernels()
+                              : commands.step->parsed()    ? command.Step()
+                              : commands.burst->parsed()   ? command.Burst()
+                              : commands.offload->parsed() ? command.Offload()
+                              : commands.targets->parsed()
+                                  ? command.Table("targets", TargetRows(options.sizes), line)
+                                  : command.Table("shapes", ShapeRows(options.sizes), line);
+  printer.Finish();
+  return status;
 }
 
 int Main(int argc, char** argv) {
   CLI::App app("Times kernels and steps against limits measured in the same run", "kvsweep-bench");
   app.require_subcommand(1);
   Options options;
-  const auto add_common = [&](CLI::App* command) {
-    command->add_option("--backend", options.backend, "cpu, cuda, or auto: cuda where a device is")
-        ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
-    command->add_option("--threads", options.threads, "of the CPU backend; 0: one for each core");
-    command->add_option("--format", options.format)->check(CLI::IsMember({"table", "csv", "json"}));
-    command->add_option("--seconds", options.rule.seconds, "at most, for each row");
-    command->add_option("--noise", options.rule.relative_error, "relative error to stop at");
-  };
-  CLI::App* const limits = app.add_subcommand("limits", "what the machine can carry");
-  CLI::App* const kernels = app.add_subcommand("kernels", "single kernels over axes");
-  CLI::App* const step = app.add_subcommand("step", "whole decode steps of model shapes");
-  for (CLI::App* command : {limits, kernels, step}) add_common(command);
-  for (CLI::App* command : {kernels, step}) {
-    command->add_option("-a,--axis", options.axes, "NAME=[NUMBER,...], for example B=[1,8,32]");
-  }
-  kernels->add_option("--case", options.cases, "only these kernels");
-  step->add_option("--model", options.models, "name of a shape, or a model folder")->required();
+  const Commands commands = Define(app, options);
   CLI11_PARSE(app, argc, argv);
-
-  absl::StatusOr<std::unique_ptr<Backend>> backend = CreateBackend(options);
-  absl::Status status = backend.status();
-  if (status.ok()) {
-    Printer printer(options.format);
-    printer.PrintHead((*backend)->info());
-    status = limits->parsed()    ? RunLimits(**backend, options, printer)
-             : kernels->parsed() ? RunKernels(**backend, options, printer)
-                                 : RunStep(**backend, options, printer);
-    printer.Finish();
-  }
+  std::vector<std::string> words = {"kvsweep-bench"};
+  words.insert(words.end(), argv + 1, argv + argc);
+  const absl::Status status = Run(commands, options, absl::StrJoin(words, " "));
   if (status.ok()) return 0;
   std::cerr << "kvsweep-bench: " << status.message() << "\n";
   return 1;

@@ -26,9 +26,9 @@ int64_t Point::at(absl::string_view name) const {
   return 0;
 }
 
-std::vector<Point> Expand(const std::vector<Axis>& axes) {
+std::vector<Point> Expand(const std::vector<BenchAxis>& axes) {
   std::vector<Point> points(1);
-  for (const Axis& axis : axes) {
+  for (const BenchAxis& axis : axes) {
     std::vector<Point> more;
     for (const Point& point : points) {
       for (const int64_t value : axis.values) {
@@ -41,14 +41,14 @@ std::vector<Point> Expand(const std::vector<Axis>& axes) {
   return points;
 }
 
-absl::StatusOr<Axis> ParseAxis(absl::string_view text) {
+absl::StatusOr<BenchAxis> ParseAxis(absl::string_view text) {
   const absl::Status wrong = absl::InvalidArgumentError(
       absl::StrCat("axis '", text, "': expected NAME=[NUMBER,...], such as B=[1,8,32]"));
   const size_t equals = text.find('=');
   if (equals == absl::string_view::npos || equals == 0) return wrong;
   absl::string_view list = text.substr(equals + 1);
   if (absl::ConsumePrefix(&list, "[")) absl::ConsumeSuffix(&list, "]");
-  Axis axis{.name = std::string(text.substr(0, equals)), .values = {}};
+  BenchAxis axis{.name = std::string(text.substr(0, equals)), .values = {}};
   for (absl::string_view item : absl::StrSplit(list, ',')) {
     int64_t value = 0;
     if (!absl::SimpleAtoi(item, &value)) return wrong;

@@ -30,15 +30,15 @@ class Point {
   std::vector<std::pair<std::string, int64_t>> values_;
 };
 
-struct Axis {
+struct BenchAxis {
   std::string name;
   std::vector<int64_t> values;
 };
 
 // All combinations, the last axis fastest.
-std::vector<Point> Expand(const std::vector<Axis>& axes);
+std::vector<Point> Expand(const std::vector<BenchAxis>& axes);
 // Reads "B=[1,8,32]" or "B=8". InvalidArgument with what was expected.
-absl::StatusOr<Axis> ParseAxis(absl::string_view text);
+absl::StatusOr<BenchAxis> ParseAxis(absl::string_view text);
 
 // Memory that lives as long as the case, filled with normal numbers or with values.
 class CaseMemory {
@@ -76,7 +76,7 @@ struct PreparedCase {
 struct KernelCase {
   std::string name;
   std::string meaning;
-  std::vector<Axis> axes;  // with their defaults
+  std::vector<BenchAxis> axes;  // with their defaults
   std::function<absl::StatusOr<PreparedCase>(CaseMemory& memory, const Point& point)> prepare;
 };
 
