@@ -208,6 +208,18 @@ constexpr std::array<RecordTable, 9> kTables = {{
 
 }  // namespace
 
+absl::Status DeleteRecords(Database& database, Attempt attempt) {
+  for (const char* table :
+       {"trial_start_fact", "trial_start", "request", "counter", "sample", "quality_position",
+        "quality", "passkey", "trial_outcome", "discard", "finish"}) {
+    RETURN_IF_ERROR(database.Execute(absl::StrCat("DELETE FROM ", table,
+                                                  " WHERE record_id BETWEEN ", RecordId(attempt, 0),
+                                                  " AND ", RecordId(attempt, kMaxSequence))
+                                         .c_str()));
+  }
+  return absl::OkStatus();
+}
+
 int64_t RecordId(Attempt attempt, uint64_t sequence) {
   KVSWEEP_CHECK_LE(attempt.value(), kMaxAttempt);
   KVSWEEP_CHECK_LE(sequence, kMaxSequence);

@@ -24,6 +24,9 @@ inline constexpr uint64_t kMaxAttempt = (uint64_t{1} << 31) - 1;
 // attempt * 2^32 + sequence. REQUIRES: attempt <= kMaxAttempt, sequence <= kMaxSequence.
 int64_t RecordId(Attempt attempt, uint64_t sequence);
 
+// Deletes the records of an attempt, with what hangs on them.
+absl::Status DeleteRecords(Database& database, Attempt attempt);
+
 class RecordWriter {
  public:
   static absl::StatusOr<RecordWriter> Create(Database& database);

@@ -28,6 +28,9 @@ RoundState EndOf(FinishRound::State state) {
   return RoundState::kFailed;
 }
 
+// Rows of a void attempt stay as long, for whoever wants to know what went wrong.
+constexpr int64_t kVoidRowsKeptNs = int64_t{7} * 24 * 3600 * 1'000'000'000;
+
 bool HasEnded(RoundState state) {
   return state != RoundState::kQueued && state != RoundState::kRunning;
 }
@@ -38,6 +41,7 @@ absl::StatusOr<std::unique_ptr<SqliteWriter>> SqliteWriter::Create(Database& dat
   std::unique_ptr<SqliteWriter> writer(new SqliteWriter(database));
   ASSIGN_OR_RETURN(writer->records_, RecordWriter::Create(database));
   RETURN_IF_ERROR(writer->PrepareSummary());
+  RETURN_IF_ERROR(writer->FindVoidRows());
   return writer;
 }
 
@@ -239,6 +243,7 @@ absl::StatusOr<OperationResult> SqliteWriter::Do(const AcceptAttempt& operation)
                       .BindInt(2, operation.accepted_unix_ns)
                       .Run());
   open_.erase(operation.attempt);
+  RETURN_IF_ERROR(Prune(operation.accepted_unix_ns));
   return answer(AcceptResult::State::kAccepted, "");
 }
 
@@ -343,7 +348,33 @@ absl::Status SqliteWriter::EndAttempt(const VoidAttempt& how) {
   BindOptional(*update, 4, how.running_trial);
   RETURN_IF_ERROR(update->Run());
   open_.erase(how.attempt);
+  void_.push_back({.attempt = how.attempt, .ended_unix_ns = how.voided_unix_ns});
   return SetRoundState(attempt.round, RoundState::kQueued, std::nullopt);
+}
+
+absl::Status SqliteWriter::FindVoidRows() {
+  ASSIGN_OR_RETURN(Statement rows,
+                   database_.Compile("SELECT attempt, ended_unix_ns FROM attempt WHERE state = "
+                                     "'void' AND last_sequence > 0 ORDER BY ended_unix_ns"));
+  while (true) {
+    ASSIGN_OR_RETURN(const bool more, rows.Step());
+    if (!more) return absl::OkStatus();
+    void_.push_back({.attempt = Attempt(rows.Int(0)), .ended_unix_ns = rows.Int(1)});
+  }
+}
+
+// At most one attempt for each round that ends, so that no transaction grows long. The attempt
+// itself stays, with its reason.
+absl::Status SqliteWriter::Prune(int64_t now_unix_ns) {
+  if (void_.empty() || now_unix_ns - void_.front().ended_unix_ns < kVoidRowsKeptNs) {
+    return absl::OkStatus();
+  }
+  const Attempt attempt = void_.front().attempt;
+  void_.pop_front();
+  RETURN_IF_ERROR(DeleteRecords(database_, attempt));
+  ASSIGN_OR_RETURN(Statement * update,
+                   database_.Prepare("UPDATE attempt SET last_sequence = 0 WHERE attempt = ?1"));
+  return update->BindInt(1, static_cast<int64_t>(attempt.value())).Run();
 }
 
 absl::StatusOr<OperationResult> SqliteWriter::Do(const VoidAttempt& operation) {
@@ -389,6 +420,7 @@ absl::StatusOr<OperationResult> SqliteWriter::Do(const FinishRound& operation) {
       .BindInt(5, operation.finished_unix_ns);
   BindOptional(*update, 4, operation.poisoned_trial);
   RETURN_IF_ERROR(update->Run());
+  RETURN_IF_ERROR(Prune(operation.finished_unix_ns));
   return Done();
 }
 

@@ -2,6 +2,7 @@
 #define KVSWEEP_STORAGE_SQLITE_WRITER_H_
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -40,7 +41,14 @@ class SqliteWriter {
     bool finished = false;
   };
 
+  // A void attempt that still has rows.
+  struct VoidRows {
+    Attempt attempt;
+    int64_t ended_unix_ns = 0;
+  };
+
   explicit SqliteWriter(Database& database) : database_(database) {}
+  absl::Status FindVoidRows();
 
   absl::StatusOr<OperationResult> Do(const SubmitExperiment& operation);
   absl::StatusOr<OperationResult> Do(const PutFile& operation);
@@ -78,6 +86,9 @@ class SqliteWriter {
 
   // ---- ending
   absl::Status EndAttempt(const VoidAttempt& how);
+  // A round has ended: of the void attempts the oldest loses its rows, if it has been void for
+  // long.
+  absl::Status Prune(int64_t now_unix_ns);
   absl::Status SetRoundState(RoundId round, RoundState state, std::optional<Attempt> attempt);
 
   Database& database_;
@@ -85,6 +96,7 @@ class SqliteWriter {
   std::optional<Statement> summary_;                         // inserts a summary
   absl::flat_hash_map<std::string, int> metric_parameters_;  // of that statement, by metric
   absl::flat_hash_map<Attempt, OpenAttempt> open_;
+  std::deque<VoidRows> void_;      // in the order in which they ended
   google::protobuf::Arena arena_;  // of the records being appended
 };
 

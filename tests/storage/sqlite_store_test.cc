@@ -68,6 +68,55 @@ TEST(SqliteStoreTest, WhatWasCommittedIsInACopyTakenAtAnyTurn) {
   }
 }
 
+// Rows of a void attempt stay for a week; then the rounds that end take them away, one attempt
+// each, also after a restart. The attempt itself stays.
+TEST(SqliteStoreTest, RowsOfVoidAttemptsArePrunedAfterAWeek) {
+  constexpr int64_t kDayNs = int64_t{24} * 3600 * 1'000'000'000;
+  const TempDir folder;
+  const std::string path = folder.Join("store.db");
+  std::unique_ptr<Store> store = OpenStore(path);
+  const SubmitResult submitted =
+      std::get<SubmitResult>(Apply(*store, MakeExperiment({.rounds = 4})).value);
+  Random random(3);
+  const auto append = [&](uint64_t attempt, uint64_t round) {
+    Apply(*store, GrantAttempt{
+                      .attempt = Attempt(attempt), .round = RoundId(round), .worker_id = "worker"});
+    Apply(*store, AppendRecords{
+                      .attempt = Attempt(attempt),
+                      .first_sequence = 1,
+                      .records = AttemptScript::Whole(submitted.rounds[round - 1].trials, random)});
+  };
+  for (uint64_t attempt = 1; attempt <= 2; ++attempt) {
+    append(attempt, 1);
+    Apply(*store, VoidAttempt{.attempt = Attempt(attempt),
+                              .reason = "lost",
+                              .voided_unix_ns = static_cast<int64_t>(attempt) * kDayNs});
+  }
+  const auto rows = [&](uint64_t attempt) {
+    return (*store->OpenReader())->ReadRecords(Attempt(attempt), 1, 1000)->size();
+  };
+  const auto end_round = [&](uint64_t round, int64_t day) {
+    append(2 + round, round);
+    const OperationResult accepted = Apply(
+        *store, AcceptAttempt{.attempt = Attempt(2 + round), .accepted_unix_ns = day * kDayNs});
+    EXPECT_EQ(std::get<AcceptResult>(accepted.value).state, AcceptResult::State::kAccepted);
+  };
+  end_round(1, 7);
+  EXPECT_TRUE(rows(1) > 0 && rows(2) > 0) << "six days old";
+  store.reset();
+  store = OpenStore(path);
+  end_round(2, 30);
+  EXPECT_TRUE(rows(1) == 0 && rows(2) > 0) << "one attempt for each round";
+  end_round(3, 30);
+  EXPECT_EQ(rows(2), 0u);
+  end_round(4, 60);
+  for (uint64_t round = 1; round <= 4; ++round) EXPECT_GT(rows(2 + round), 0u);
+  const absl::StatusOr<Table> attempts =
+      (*StoreQuery::Open(path, RealClock::Get()))->Run("SELECT state, reason FROM v_attempts", {});
+  ASSERT_TRUE(attempts.ok()) << attempts.status();
+  EXPECT_THAT(attempts->rows, SizeIs(6));
+}
+
 TEST(SqliteStoreTest, AProcessThatDiesWithoutClosingLosesNothing) {
   const TempDir folder;
   const std::string path = folder.Join("store.db");
