@@ -245,9 +245,8 @@ void InfinigenStrategy::BeforeLayer(const StepView& step, int32_t layer, const A
   if (layer == 0) {
     for (StepEvent& event : events_) event.recorded = false;
     Record(kFork, Stream::kCompute);
-    for (Stream stream : {Stream::kSpeculation, Stream::kHostToDevice, Stream::kDeviceToHost}) {
-      Wait(kFork, stream);
-    }
+    for (Stream stream : {Stream::kHostToDevice, Stream::kDeviceToHost}) Wait(kFork, stream);
+    if (!layout().fetches_all()) Wait(kFork, Stream::kSpeculation);
     ring_->Fork();
   }
   // This layer's projection will overwrite the keys and values of the layer before the last.

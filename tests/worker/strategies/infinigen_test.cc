@@ -134,6 +134,47 @@ TEST(InfinigenTest, WaysOfDoingTheSameGiveTheSame) {
   }
 }
 
+// What parameters that change no token, or how many entries move, are there for: bytes over the
+// link, and the time of a machine whose link is slow.
+TEST(InfinigenTest, ParametersOfTransfersShowInBytesAndTime) {
+  DeviceProfile profile = *FindDeviceProfile("laptop");
+  profile.link_bytes_per_s = 5e8;
+  struct Cost {
+    uint64_t to_device = 0;
+    int64_t ns = 0;
+  };
+  const auto cost = [&](const auto& change) {
+    const auto backend = MakeBackend({.threads = 2, .modelled = profile});
+    const auto model = LoadModel(backend.get(), "stories260K");
+    Random random(31);
+    const std::vector<TestRequest> requests = {
+        {.prompt = RandomIds(random, 150, 512), .output_tokens = 30, .max_tokens = 60}};
+    const absl::StatusOr<TestRun> run = RunRequests(
+        backend.get(), *model,
+        InfinigenWith({.alpha = std::numeric_limits<double>::infinity(), .max_kv_ratio = 0.4},
+                      change),
+        SmallEngine(256), requests, RandomIds(random, 256, 512));
+    KVSWEEP_CHECK_OK(run);
+    return Cost{run->traffic.to_device, backend->modelled_ns()};
+  };
+  const Cost plain = cost([](Infinigen*) {});
+  const Cost eager = cost([](Infinigen* p) { p->set_prefetch(false); });
+  EXPECT_EQ(eager.to_device, plain.to_device);
+  EXPECT_GT(eager.ns, plain.ns) << "nothing hides the transfers";
+  const auto less = [&](const auto& change) { EXPECT_LT(cost(change).to_device, plain.to_device); };
+  const auto more = [&](const auto& change) { EXPECT_GT(cost(change).to_device, plain.to_device); };
+  less([](Infinigen* p) { p->set_full_layers_on_device(true); });
+  less([](Infinigen* p) { p->set_max_kv_ratio(0.1); });
+  less([](Infinigen* p) { p->set_budget_base(BUDGET_BASE_PROMPT); });
+  less([](Infinigen* p) {
+    p->set_budget_base(BUDGET_BASE_FIXED);
+    p->set_budget_tokens(100);
+  });
+  less([](Infinigen* p) { p->set_n_full_layers(1); });
+  more([](Infinigen* p) { p->set_n_full_layers(3); });
+  more([](Infinigen* p) { p->set_fetch(Infinigen::FETCH_ALL); });
+}
+
 // Law 3.11.3: with alpha infinite and room for all, logits are the full cache's, for any ratio and
 // every way of speculating.
 TEST(InfinigenTest, AmpleParametersGiveTheFullCachesLogits) {
