@@ -286,6 +286,7 @@ StepView InferenceEngine::MakeView(const StepPlan& plan) const {
   view.parity = static_cast<int32_t>(begun_ % kMostStepsUnderWay);
   view.position = step_state_->Device(arrays_.position);
   view.row_active = step_state_->Device(arrays_.row_active);
+  view.graph_key = strategy_->GraphKey(view);
   KVSWEEP_CHECK_LE(view.rows, max_rows_);
   return view;
 }
@@ -468,16 +469,41 @@ void InferenceEngine::DropGraphs() {
 }
 
 absl::Status InferenceEngine::LaunchCaptured(const StepView& view) {
-  const std::pair<int32_t, int32_t> key{view.decode_rows, strategy_->GraphKey(view)};
-  auto found = graphs_.find(key);
-  if (found == graphs_.end()) {
-    backend_->BeginCapture();
-    EnqueueForward(view);
-    ASSIGN_OR_RETURN(const Graph graph, backend_->EndCapture());
-    found = graphs_.emplace(key, graph).first;
-  }
-  backend_->Launch(found->second);
+  ASSIGN_OR_RETURN(const Graph graph, CapturedGraph(view));
+  backend_->Launch(graph);
   return absl::OkStatus();
+}
+
+absl::StatusOr<Graph> InferenceEngine::CapturedGraph(const StepView& view) {
+  const std::pair<int32_t, int32_t> key{view.decode_rows, view.graph_key};
+  const auto found = graphs_.find(key);
+  if (found != graphs_.end()) return found->second;
+  backend_->BeginCapture();
+  EnqueueForward(view);
+  ASSIGN_OR_RETURN(const Graph graph, backend_->EndCapture());
+  graphs_.emplace(key, graph);
+  return graph;
+}
+
+absl::Status InferenceEngine::CaptureSteps() {
+  KVSWEEP_CHECK_EQ(steps_under_way(), 0);
+  if (!options_.graphs || !strategy_->capturable()) return absl::OkStatus();
+  for (int32_t rows = 1; rows <= max_decode_rows_; rows = PaddedDecodeRows(rows + 1)) {
+    for (const int32_t key : strategy_->GraphKeys(rows)) {
+      // A step of padding alone, which is never launched; the strategy plans what it captures.
+      StepView view = MakeView(StepPlan());
+      view.decode_rows = view.rows = rows;
+      view.captured = true;
+      view.graph_key = key;
+      RETURN_IF_ERROR(step_state_->Begin());
+      FillStepState(view);
+      strategy_->BeginStep(view);
+      step_state_->Commit();
+      control_.to_device += step_state_->device_bytes();
+      RETURN_IF_ERROR(CapturedGraph(view).status());
+    }
+  }
+  return CacheTraffic().status();
 }
 
 void InferenceEngine::ReadSampled(const StepPlan& plan) {

@@ -164,6 +164,10 @@ class InferenceEngine {
     return strategy_->CollectDecode(FlightAt(finished_ - 1).view, index, attended_by_layer);
   }
 
+  // Captures every step that can be replayed and has not been met yet, so that none is captured
+  // while somebody measures. Replays nothing. REQUIRES: no step is under way.
+  absl::Status CaptureSteps();
+  size_t captured_graphs() const { return graphs_.size(); }
   // Steps are captured anew, for when the backend would capture something else than before.
   // REQUIRES: no step is under way.
   void DropGraphs();
@@ -235,6 +239,7 @@ class InferenceEngine {
                   int32_t rows);
   void EnqueueLogits(const StepView& view);
   absl::Status LaunchCaptured(const StepView& view);
+  absl::StatusOr<Graph> CapturedGraph(const StepView& view);
   void EnqueueReadback();
   void ReadSampled(const StepPlan& plan);
   uint64_t ReadbackBytes(const StepView& view) const;

@@ -257,6 +257,7 @@ class Server {
     BookPlan(plan, begin_ns);
     if (engine_.strategy().NeedsHost()) RETURN_IF_ERROR(FinishSteps(0));
     RETURN_IF_ERROR(engine_.Begin(plan));
+    if (begun_steps_ == 0) result_.first_step_ns = begin_ns;
     Begun& begun = begun_[begun_steps_++ % begun_.size()];
     begun.follows = !std::exchange(slept_, false);
     begun.begin_ns = begin_ns;

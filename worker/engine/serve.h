@@ -87,6 +87,7 @@ struct ServeResult {
   enum class End { kServedAll, kTimeLimit, kCancelled, kSinkFull };
   End end = End::kServedAll;
 
+  int64_t first_step_ns = 0;  // when it began
   int64_t duration_ns = 0;
   int32_t completed = 0;
   int32_t infeasible = 0;

@@ -194,6 +194,7 @@ struct StepView {
   int32_t rows = 0;         // all rows: decode_rows plus the prefill rows
   bool captured = false;    // only decode rows, replayed from a graph: once it is captured, only
                             // BeginStep, MoveMemory and ReadBack are called
+  int32_t graph_key = 0;    // CacheStrategy::GraphKey of this step
   // Of steps begun one behind the other, 0 and 1 in turn: the next step may begin before this one
   // is finished, so what BeginStep leaves for CollectDecode is kept twice.
   int32_t parity = 0;
@@ -239,6 +240,8 @@ class CacheStrategy {
   // A number that a captured step depends on beside its padded size, e.g. a count of tiles that
   // depends on the longest sequence.
   virtual int32_t GraphKey(const StepView& /*step*/) const { return 0; }
+  // Every number that it can be in a captured step of so many decode rows.
+  virtual std::vector<int32_t> GraphKeys(int32_t /*decode_rows*/) const { return {0}; }
 
   // Whether no step may begin before all earlier ones are finished (StepDone and CollectDecode were
   // called). Else the engine may begin one step while another is under way. Asked before each step
@@ -276,6 +279,15 @@ class CacheStrategy {
                                      std::span<double> attended_by_layer) = 0;
   // Tokens that the end of a prompt of this shape drops.
   virtual int32_t PromptEvictions(const RequestShape& /*shape*/) const { return 0; }
+
+  // Bytes that a decode step of the mean batch reads and writes on the device, at least, to decide
+  // which entries stay or are read: beyond weights and attended entries.
+  struct MeanBatch {
+    double rows = 0;      // requests
+    double tokens = 0;    // stored by all of them
+    double attended = 0;  // entries, as in DecodeCounts
+  };
+  virtual double SelectionBytes(const MeanBatch& /*batch*/) const { return 0; }
 
   // First layers that attend to everything because the arm's parameters say so.
   virtual int32_t declared_full_layers() const { return 0; }

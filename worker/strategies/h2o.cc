@@ -193,14 +193,16 @@ int32_t H2oStrategy::LongestSlab(const StepView& step) const {
   return longest;
 }
 
-// Tiles that the longest decode row needs, rounded up to a ladder so that few graphs serve all
-// lengths; 0 without tiles.
-int32_t H2oStrategy::TileCount(const StepView& step) const {
+// Tiles that the longest decode row needs; 0 without tiles.
+int32_t H2oStrategy::GraphKey(const StepView& step) const {
   if (!on_host() || step.decode_rows == 0) return 0;
-  const int32_t tiles = PagesFor(LongestSlab(step), ring_->TileTokens(step.decode_rows));
-  int32_t rung = 1;
-  while (rung < tiles) rung += std::max(1, rung / 2);
-  return rung;
+  return ring_->PaddedTiles(step.decode_rows, LongestSlab(step));
+}
+
+std::vector<int32_t> H2oStrategy::GraphKeys(int32_t decode_rows) const {
+  if (!on_host()) return {0};
+  return ring_->TileLadder(decode_rows,
+                           static_cast<int32_t>(manager_.layout().probability_stride) - 1);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -387,7 +389,7 @@ void H2oStrategy::AttendTiles(DecodeAttentionArgs call, const StepView& step, in
   const Activations value = std::exchange(call.current_value, {});
   call.partial = PartialFrom(0);
   const int32_t tile_tokens = ring_->TileTokens(step.decode_rows);
-  const int32_t tiles = TileCount(step);
+  const int32_t tiles = step.graph_key;
   for (int32_t tile = 0; tile < tiles; ++tile) {
     call.view = ring_->Load({.source = source,
                              .first_token = tile * tile_tokens,
@@ -546,6 +548,12 @@ int32_t H2oStrategy::PromptEvictions(const RequestShape& shape) const {
 
 int32_t H2oStrategy::TokenBudget(const RequestShape& shape) const {
   return H2oBudgetOf(parameters(), shape).total();
+}
+
+double H2oStrategy::SelectionBytes(const MeanBatch& batch) const {
+  const ModelShape& shape = context_.shape;
+  const double scored = 1.0 - static_cast<double>(full_layers()) / shape.layers;
+  return 2.0 * sizeof(float) * (shape.query_heads + shape.kv_heads) * scored * batch.attended;
 }
 
 EngagementRule H2oStrategy::engagement_rule() const {

@@ -43,7 +43,8 @@ class H2oStrategy : public CacheStrategy {
   // The column sums are formed over tiles of this many rows, so that chunks change no bit; where
   // each chunk's end evicts, chunks matter anyway.
   int32_t chunk_alignment() const override;
-  int32_t GraphKey(const StepView& step) const override { return TileCount(step); }
+  int32_t GraphKey(const StepView& step) const override;
+  std::vector<int32_t> GraphKeys(int32_t decode_rows) const override;
   void BeginStep(const StepView& step) override;
   // Swaps are ordered by the host.
   bool NeedsHost() const override;
@@ -57,6 +58,8 @@ class H2oStrategy : public CacheStrategy {
                              std::span<double> attended_by_layer) override;
   int32_t PromptEvictions(const RequestShape& shape) const override;
   int32_t declared_full_layers() const override { return full_layers(); }
+  // Probabilities and scores, each written and read, of all entries that have scores.
+  double SelectionBytes(const MeanBatch& batch) const override;
   int32_t TokenBudget(const RequestShape& shape) const override;
   EngagementRule engagement_rule() const override;
   bool EngagementExpected(const RequestShape& shape, int32_t tokens) const override;
@@ -95,7 +98,6 @@ class H2oStrategy : public CacheStrategy {
   float* Floats(uint64_t offset) const;
   PartialAttention PartialFrom(int32_t row) const;
   int32_t LongestSlab(const StepView& step) const;  // slots of a decode row
-  int32_t TileCount(const StepView& step) const;
 
   // Rotates, and repeats keys and values for each query head, as the layer's entries are stored.
   AttentionInputs Prepare(const StepView& step, const AttentionInputs& inputs);

@@ -278,7 +278,8 @@ void InfinigenStrategy::Attend(const StepView& step, int32_t layer, const Attent
 }
 
 // Keys and values go to the host pool (and to the device, where full layers or a prompt's history
-// stay there), partial keys to the device and, for a later resume, to the host.
+// stay there), partial keys to the device and, for a later resume, to the host. Nothing of this step
+// reads what goes to the host or the partial keys: the next layer does not wait for them.
 void InfinigenStrategy::AppendLayer(const StepView& step, int32_t layer,
                                     const AttentionInputs& inputs) {
   Backend& backend = *context_.backend;
@@ -299,11 +300,11 @@ void InfinigenStrategy::AppendLayer(const StepView& step, int32_t layer,
     history.table_row = context_.step_state->Device(arrays_.history_row);
     backend.Append(history, Stream::kCompute);
   }
-  AppendArgs partial;
-  if (speculates) partial = PartialAppend(step, layer, inputs);
   Record(kKvReady, Stream::kCompute);
   Wait(kKvReady, Stream::kDeviceToHost);
+  AppendArgs partial;
   if (speculates) {
+    partial = PartialAppend(step, layer, inputs);
     whole.slot = partial.slot;
     whole.slot_by_head = partial.slot_by_head;
   }
@@ -324,7 +325,7 @@ void InfinigenStrategy::AttendFull(const StepView& step, int32_t layer,
                             Stream::kCompute);
     return;
   }
-  const int32_t tiles = TileCount(step);
+  const int32_t tiles = step.graph_key;
   const int32_t tile_tokens = ring_->TileTokens(step.decode_rows);
   for (int32_t tile = 0; tile < tiles; ++tile) {
     const KvView view = ring_->Load({.source = HostView(layer),

@@ -48,7 +48,8 @@ class InfinigenStrategy : public CacheStrategy {
   int32_t chunk_alignment() const override;
   // The staged gather needs the host in the middle of a step, and so does a diagnosis.
   bool capturable() const override { return !layout().staged() && !diagnosing_; }
-  int32_t GraphKey(const StepView& step) const override { return TileCount(step); }
+  int32_t GraphKey(const StepView& step) const override;
+  std::vector<int32_t> GraphKeys(int32_t decode_rows) const override;
   // The staged gather packs what the host has read; a request's own columns come to the host's
   // memory and go back from there.
   bool NeedsHost() const override { return layout().staged() || diagnosing_ || moves_columns_; }
@@ -67,6 +68,8 @@ class InfinigenStrategy : public CacheStrategy {
   int32_t declared_full_layers() const override {
     return static_cast<int32_t>(layout().parameters.n_full_layers());
   }
+  // Partial keys once, margins written once and read twice, and the weights of the partial query.
+  double SelectionBytes(const MeanBatch& batch) const override;
   int32_t TokenBudget(const RequestShape& shape) const override;
   uint64_t ReadbackBytes(const StepView& step) const override;
   EngagementRule engagement_rule() const override;
@@ -128,7 +131,8 @@ class InfinigenStrategy : public CacheStrategy {
   KvView FetchView(int32_t layer) const;
   KvView HistoryView(int32_t layer) const;
   SlotView StateView(int32_t layer, int32_t which) const;  // 0: positions, 1: uses
-  int32_t TileCount(const StepView& step) const;
+  // Whether decode steps read layers from the host in tiles.
+  bool loads_tiles() const { return full_layers() > 0 && !layout().resident(); }
   PartialAttention PartialFrom(int32_t row) const;
   int32_t* Selected(int32_t layer) const;
   int32_t* Chosen(int32_t layer) const;

@@ -69,6 +69,17 @@ int32_t InfinigenStrategy::TokenBudget(const RequestShape& shape) const {
   return std::min(capacity, InfinigenFetchLimit(layout().parameters, shape));
 }
 
+double InfinigenStrategy::SelectionBytes(const MeanBatch& batch) const {
+  const ModelShape& shape = context_.shape;
+  const double layers = layout().speculating_layers();
+  const double margins = 3.0 * sizeof(float) * shape.kv_heads * layers * batch.tokens;
+  const int32_t query_columns =
+      layout().query_path == QueryPath::kThinProjection ? layout().partial_dim : shape.head_dim;
+  const double weights = layers * shape.hidden_size * shape.query_heads * query_columns *
+                         static_cast<double>(DTypeBytes(context_.weight_dtype));
+  return static_cast<double>(layout().partial_token_bytes) * batch.tokens + margins + weights;
+}
+
 uint64_t InfinigenStrategy::ReadbackBytes(const StepView& step) const {
   uint64_t bytes = 0;
   if (layout().query_path == QueryPath::kRequestColumns) {

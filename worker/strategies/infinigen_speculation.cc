@@ -399,12 +399,12 @@ void InfinigenStrategy::RankRequestColumns(const StepView& step, int32_t layer,
          .kv_heads = shape.kv_heads,
          .head_dim = shape.head_dim,
          .partial_dim = layout().partial_dim},
-        Stream::kCompute);
+        Stream::kDeviceToHost);
   }
 }
 
-// Partial keys of the step's tokens, placed and stored on the device; returns the arguments, whose
-// slots also hold for the host pool.
+// Partial keys of the step's tokens, placed and stored on the device, ahead of what goes to the host
+// in the same stream; returns the arguments, whose slots also hold for the host pool.
 AppendArgs InfinigenStrategy::PartialAppend(const StepView& step, int32_t layer,
                                             const AttentionInputs& inputs) {
   Backend& backend = *context_.backend;
@@ -428,7 +428,7 @@ AppendArgs InfinigenStrategy::PartialAppend(const StepView& step, int32_t layer,
     project.matrix = scratch_.key_matrix +
                      Index(layer) * shape.kv_heads * shape.head_dim * int64_t{layout().partial_dim};
   }
-  backend.ProjectHeads(project, Stream::kCompute);
+  backend.ProjectHeads(project, Stream::kDeviceToHost);
   AppendArgs append{.target = PartialView(layer),
                     .key = partial_key,
                     .table_row = tables_.token_row(),
@@ -449,11 +449,11 @@ AppendArgs InfinigenStrategy::PartialAppend(const StepView& step, int32_t layer,
                           .rows = step.rows,
                           .kv_heads = shape.kv_heads};
     if (place.use_rule != SlotUse::kNone) place.use = StateView(layer, 1);
-    backend.PlaceTokens(place, Stream::kCompute);
+    backend.PlaceTokens(place, Stream::kDeviceToHost);
     append.slot = slot;
     append.slot_by_head = true;
   }
-  backend.Append(append, Stream::kCompute);
+  backend.Append(append, Stream::kDeviceToHost);
   return append;
 }
 

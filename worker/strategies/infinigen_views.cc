@@ -106,17 +106,19 @@ KvView InfinigenStrategy::HistoryView(int32_t layer) const {
 
 // Tiles that the longest decode row needs, rounded up to a ladder so that few graphs serve all
 // lengths.
-int32_t InfinigenStrategy::TileCount(const StepView& step) const {
-  if (step.decode_rows == 0) return 0;
+int32_t InfinigenStrategy::GraphKey(const StepView& step) const {
+  if (step.decode_rows == 0 || !loads_tiles()) return 0;
   int32_t longest = 0;
   for (const Segment& segment : step.decode) {
     const RequestShape& shape = manager_.Shape(segment.request);
     longest = std::max(longest, layout().SlotsOf(segment.start_position, shape));
   }
-  const int32_t tiles = PagesFor(longest, ring_->TileTokens(step.decode_rows));
-  int32_t rung = 1;
-  while (rung < tiles) rung += std::max(1, rung / 2);
-  return rung;
+  return ring_->PaddedTiles(step.decode_rows, longest);
+}
+
+std::vector<int32_t> InfinigenStrategy::GraphKeys(int32_t decode_rows) const {
+  if (!loads_tiles()) return {0};
+  return ring_->TileLadder(decode_rows, context_.max_context - 1);
 }
 
 PartialAttention InfinigenStrategy::PartialFrom(int32_t row) const {

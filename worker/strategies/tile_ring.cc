@@ -1,5 +1,7 @@
 #include "worker/strategies/tile_ring.h"
 
+#include <algorithm>
+
 #include "base/check.h"
 
 namespace kvsweep {
@@ -17,6 +19,17 @@ TileRing::TileRing(Backend* backend, std::byte* memory, DType dtype, int32_t tok
     buffer.ready = backend->CreateEvent();
     buffer.free = backend->CreateEvent();
   }
+}
+
+int32_t TileRing::PaddedTiles(int32_t rows, int32_t tokens) const {
+  return TileLadder(rows, tokens).back();
+}
+
+std::vector<int32_t> TileRing::TileLadder(int32_t rows, int32_t most_tokens) const {
+  const int32_t tiles = (most_tokens + TileTokens(rows) - 1) / TileTokens(rows);
+  std::vector<int32_t> ladder = {1};
+  while (ladder.back() < tiles) ladder.push_back(ladder.back() + std::max(1, ladder.back() / 2));
+  return ladder;
 }
 
 void TileRing::Fork() {

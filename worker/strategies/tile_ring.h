@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "kernels/backend.h"
 
@@ -22,6 +23,11 @@ class TileRing {
 
   // Tokens of a tile that `rows` sequences share.
   int32_t TileTokens(int32_t rows) const { return tokens_ / rows; }
+  // How many tiles a step loads for sequences of at most `tokens` tokens: as many as they need,
+  // rounded up to a ladder so that few graphs serve all lengths. At least 1.
+  int32_t PaddedTiles(int32_t rows, int32_t tokens) const;
+  // Every value of it for sequences of at most `most_tokens` tokens, ascending.
+  std::vector<int32_t> TileLadder(int32_t rows, int32_t most_tokens) const;
 
   // Copies may begin when Stream::kCompute has come here: what they read was written before.
   void Fork();

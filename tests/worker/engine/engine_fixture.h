@@ -140,13 +140,19 @@ struct TestRun {
 // Called after each executed step.
 using StepHook = std::function<void(const StepPlan&, const StepResult&)>;
 
-// Serves the requests, checking the planner's invariants after every step. With `run_ahead` each
-// step begins before the one before is finished, unless the strategy needs the host.
+struct TestManner {
+  // Each step begins before the one before is finished, unless the strategy needs the host.
+  bool run_ahead = false;
+  bool capture_first = false;  // all graphs, and none later
+};
+
+// Serves the requests, checking the planner's invariants after every step.
 inline absl::StatusOr<TestRun> RunRequests(Backend* backend, const LoadedModel& model,
                                            const Arm& arm, const EngineOptions& options,
                                            const std::vector<TestRequest>& requests,
                                            const std::vector<int32_t>& calibration,
-                                           const StepHook& hook = {}, bool run_ahead = false) {
+                                           const StepHook& hook = {},
+                                           const TestManner& manner = {}) {
   absl::StatusOr<std::unique_ptr<InferenceEngine>> created =
       InferenceEngine::Create(backend, &model, arm, options, calibration);
   if (!created.ok()) return created.status();
@@ -156,6 +162,10 @@ inline absl::StatusOr<TestRun> RunRequests(Backend* backend, const LoadedModel& 
                    .chunk_alignment = engine.chunk_alignment(),
                    .budget = {options.device_bytes, options.host_bytes}},
                   &engine.manager());
+  if (manner.capture_first) {
+    if (absl::Status status = engine.CaptureSteps(); !status.ok()) return status;
+  }
+  const size_t captured = engine.captured_graphs();
   TestRun run;
   run.outputs.resize(requests.size());
   run.attended.resize(requests.size());
@@ -211,7 +221,7 @@ inline absl::StatusOr<TestRun> RunRequests(Backend* backend, const LoadedModel& 
       }
       run.steps_ahead += engine.steps_under_way();
       if (absl::Status status = engine.Begin(plan); !status.ok()) return status;
-      ahead = run_ahead && !engine.strategy().NeedsHost();
+      ahead = manner.run_ahead && !engine.strategy().NeedsHost();
       while (engine.steps_under_way() > 1) {
         if (absl::Status status = finish(); !status.ok()) return status;
         read_outputs();
@@ -232,6 +242,7 @@ inline absl::StatusOr<TestRun> RunRequests(Backend* backend, const LoadedModel& 
     KVSWEEP_CHECK_LT(run.steps, 1'000'000) << "no end in sight";
   }
   if (absl::Status status = finish_early(); !status.ok()) return status;
+  KVSWEEP_CHECK(!manner.capture_first || engine.captured_graphs() == captured);
   run.traffic = engine.CacheTraffic().value();
   for (size_t i = 0; i < requests.size(); ++i) {
     run.preemptions.push_back(batcher.tally(static_cast<RequestId>(i)).preemptions);

@@ -197,11 +197,13 @@ class AttentionHarness {
     view_.rows = row;
     view_.position = state_.Device(position_);
     view_.row_active = state_.Device(row_active_);
+    view_.graph_key = strategy_->GraphKey(view_);
     backend_.prune.clear();
     backend_.evict.clear();
     KVSWEEP_CHECK_OK(state_.Begin());
     FillState();
     strategy_->BeginStep(view_);
+    strategy_->MoveMemory(view_);
     state_.Commit();
     std::vector<std::vector<std::vector<float>>> outputs;
     const int64_t width = int64_t{shape_.query_heads} * shape_.head_dim;
@@ -215,6 +217,7 @@ class AttentionHarness {
       }
     }
     strategy_->EndStep(view_);
+    strategy_->ReadBack(view_);
     KVSWEEP_CHECK_OK(backend_.WaitAll());
     strategy_->StepDone();
     return outputs;

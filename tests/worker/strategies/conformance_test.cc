@@ -171,7 +171,7 @@ TEST(RunAheadTest, ChangesNothing) {
       const absl::StatusOr<TestRun> waiting =
           RunRequests(backend.get(), *model, arms[i], options, requests, calibration);
       const absl::StatusOr<TestRun> ahead = RunRequests(
-          backend.get(), *model, arms[i], options, requests, calibration, {}, /*run_ahead=*/true);
+          backend.get(), *model, arms[i], options, requests, calibration, {}, {.run_ahead = true});
       ASSERT_TRUE(waiting.ok() && ahead.ok()) << waiting.status() << ahead.status();
       EXPECT_EQ(ahead->outputs, waiting->outputs);
       EXPECT_EQ(ahead->attended, waiting->attended);
@@ -180,6 +180,31 @@ TEST(RunAheadTest, ChangesNothing) {
       const bool packs = &arms[i] == &arms.back();  // the host's work in every step
       EXPECT_GT(ahead->steps_ahead, packs ? -1 : ahead->steps / 3);
     }
+  }
+}
+
+// Law: graphs that were captured before anything ran are the graphs that are needed, and all of
+// them.
+TEST(CaptureTest, GraphsCapturedBeforehandServeEveryStep) {
+  const auto backend = MakeBackend({.threads = 2, .batch_invariant = true});
+  const auto model = LoadModel(backend.get(), "stories260K");
+  Arm on_host = H2oArm(0.2, 0.2);
+  on_host.mutable_h2o()->set_tier(H2o::TIER_HOST);
+  std::vector<Arm> arms = TightArms();
+  arms.push_back(on_host);
+  Random random(71);
+  const std::vector<int32_t> calibration = RandomIds(random, 256, 512);
+  const std::vector<TestRequest> requests = RandomRequests(random, 9, 512, 150, 60);
+  for (size_t i = 0; i < arms.size(); ++i) {
+    SCOPED_TRACE(testing::Message() << "arm " << i);
+    const absl::StatusOr<TestRun> late =
+        RunRequests(backend.get(), *model, arms[i], SmallEngine(256), requests, calibration);
+    const absl::StatusOr<TestRun> early =
+        RunRequests(backend.get(), *model, arms[i], SmallEngine(256), requests, calibration, {},
+                    {.run_ahead = true, .capture_first = true});
+    ASSERT_TRUE(late.ok() && early.ok()) << late.status() << early.status();
+    EXPECT_EQ(early->outputs, late->outputs);
+    EXPECT_EQ(early->traffic.to_device, late->traffic.to_device);
   }
 }
 
