@@ -194,6 +194,8 @@ void CheckInfinigen(const Infinigen& infinigen, const Reporter& report) {
   report.Useless(!counts && infinigen.max_kv_ratio() != 0.2, "max_kv_ratio", uncounted);
   report.Useless(!counts && infinigen.count_scope() != Infinigen::COUNT_SCOPE_REQUEST,
                  "count_scope", uncounted);
+  report.Useless(!counts && !bounded && infinigen.budget_base() != BUDGET_BASE_LIMIT, "budget_base",
+                 uncounted);
   report.Useless(all && infinigen.partial_weight_ratio() != 0.3, "partial_weight_ratio", kAll);
   report.Useless(all && infinigen.n_full_layers() != 2, "n_full_layers", kAll);
   report.Useless(all && !infinigen.prefetch(), "prefetch", kAll);
