@@ -179,7 +179,11 @@ absl::StatusOr<GenerateReply> Ask(const Flags& flags, const GenerateRequest& req
   GenerateReply reply;
   if (!reply.ParseFromString(bytes)) return absl::DataLossError("the runner's reply is damaged");
   if (reply.status_code() == 0) return reply;
-  return absl::Status(static_cast<absl::StatusCode>(reply.status_code()), reply.status_message());
+  const auto code = static_cast<absl::StatusCode>(reply.status_code());
+  // The runner was reached, and what it was given is damaged or not supported: the asker's to mend.
+  const bool refused =
+      code == absl::StatusCode::kUnimplemented || code == absl::StatusCode::kDataLoss;
+  return absl::Status(refused ? absl::StatusCode::kInvalidArgument : code, reply.status_message());
 }
 
 double MeanNll(const GeneratedArm& arm) {

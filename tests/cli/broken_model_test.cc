@@ -52,6 +52,10 @@ class BrokenModel {
                   testing::HasSubstr(message));
     }
     EXPECT_FALSE(std::filesystem::exists(store));
+    const ProcessResult generated =
+        RunProgram("kvsweep", {"generate", folder_.Join("model"), "Once upon", "--tokens", "2"});
+    EXPECT_EQ(generated.exit_code, 2) << generated.err;
+    EXPECT_NE(generated.err, "");
   }
 
  private:
@@ -90,6 +94,21 @@ TEST(BrokenModel, WeightsThatAreNoNumbers) {
   std::memset(bytes.data() + bytes.size() - 4, 0xff, 4);  // the end of the last tensor, f32
   model.Write("model.safetensors", bytes);
   model.ExpectRefused("holds NaN at element");
+}
+
+TEST(BrokenModel, PositionsThatAreScaledInAWayOfTheirOwn) {
+  BrokenModel model;
+  model.Replace("config.json", "\"rope_theta\": 10000.0",
+                R"("rope_theta": 10000.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0})");
+  model.ExpectRefused("rope_type \"yarn\" is not supported: default, linear and llama3 are");
+}
+
+TEST(BrokenModel, AHeaderThatClaimsMoreThanThereIs) {
+  BrokenModel model;
+  std::string bytes = model.Read("model.safetensors");
+  std::memset(bytes.data(), 0xff, 8);
+  model.Write("model.safetensors", bytes);
+  model.ExpectRefused("header is said to take 18446744073709551615 bytes");
 }
 
 TEST(BrokenModel, TheSoundOneIsNotRefused) {
