@@ -246,6 +246,17 @@ void CheckArmInTrial(const TrialSpec& trial, absl::string_view prefix, ProblemLi
     Reporter(Join(prefix, "kv"), problems)
         .Add("host_bytes", "0 leaves no room to swap to", "raise it, or preempt by recompute");
   }
+  const Infinigen& infinigen = arm.infinigen();
+  const bool speculates = arm.strategy() == "infinigen" &&
+                          infinigen.fetch() != Infinigen::FETCH_ALL &&
+                          !infinigen.has_force_fetch_ratio();
+  if (speculates && trial.model().weights() == Model::WEIGHTS_RANDOM &&
+      trial.engine().time() == Engine::TIME_MODELLED) {
+    Reporter(Join(prefix, "arm.infinigen"), problems)
+        .Add("force_fetch_ratio",
+             "missing: modelled time of random weights computes no scores to count by",
+             "give the share of the entries to fetch, such as 5%");
+  }
   if (trial.kind() == TrialSpec::KIND_LOAD &&
       trial.load().samples() > trial.engine().max_num_seqs()) {
     Reporter(Join(prefix, "load"), problems)

@@ -1,9 +1,11 @@
 #include "kernels/cpu/cpu_backend.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <thread>
 #include <utility>
@@ -91,7 +93,7 @@ CpuBackend::CpuBackend(const CpuBackendOptions& options)
 }
 
 CpuBackend::~CpuBackend() {
-  for (const auto& [aligned, allocation] : allocations_) std::free(allocation.memory);
+  for (const auto& [aligned, allocation] : allocations_) GiveBack(allocation);
 }
 
 // ------------------------------------------------------------------------------------------ memory
@@ -100,14 +102,13 @@ absl::StatusOr<std::byte*> CpuBackend::Allocate(Tier tier, uint64_t bytes) {
   uint64_t& allocated = allocated_bytes_[static_cast<int>(tier)];
   const uint64_t limit =
       tier == Tier::kDevice ? options_.device_memory_bytes : options_.host_memory_bytes;
-  const uint64_t bound = limit > 0 ? limit : PhysicalMemoryBytes();
+  const uint64_t whole =
+      options_.costs_alone ? std::numeric_limits<int64_t>::max() : PhysicalMemoryBytes();
+  const uint64_t bound = limit > 0 ? limit : whole;
   const uint64_t available = bound > allocated ? bound - allocated : 0;
   const absl::string_view name = tier == Tier::kDevice ? "device" : "host";
-  // calloc leaves large memory to the system, which zeroes a page when it is first touched.
   std::byte* const memory =
-      bytes <= available
-          ? static_cast<std::byte*>(std::calloc(1, std::max<uint64_t>(bytes, 1) + kAlignment))
-          : nullptr;
+      bytes <= available ? Take(std::max<uint64_t>(bytes, 1) + kAlignment) : nullptr;
   if (memory == nullptr) {
     return absl::ResourceExhaustedError(absl::StrCat(name, " memory: asked for ", bytes, " bytes, ",
                                                      available, " of ", bound, " available"));
@@ -123,8 +124,22 @@ void CpuBackend::Free(std::byte* memory) {
   const auto found = allocations_.find(memory);
   KVSWEEP_CHECK(found != allocations_.end()) << "Free of memory that Allocate did not return";
   allocated_bytes_[static_cast<int>(found->second.tier)] -= found->second.bytes;
-  std::free(found->second.memory);
+  GiveBack(found->second);
   allocations_.erase(found);
+}
+
+// Zeroes. calloc leaves large memory to the system, which zeroes a page when it is first touched;
+// where most of it never is, there may be more of it than the machine has.
+std::byte* CpuBackend::Take(uint64_t bytes) const {
+  if (!options_.costs_alone) return static_cast<std::byte*>(std::calloc(1, bytes));
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return memory == MAP_FAILED ? nullptr : static_cast<std::byte*>(memory);
+}
+
+void CpuBackend::GiveBack(const Allocation& allocation) const {
+  if (!options_.costs_alone) return std::free(allocation.memory);
+  munmap(allocation.memory, std::max<uint64_t>(allocation.bytes, 1) + kAlignment);
 }
 
 uint64_t CpuBackend::allocated_bytes(Tier tier) const {
@@ -193,13 +208,28 @@ void CpuBackend::Enqueue(const cpu::Operation& operation, Stream stream) {
   scheduler_.Enqueue(operation, stream);
 }
 
+namespace {
+
+// Whether an operation writes what later operations' costs, or their memory, depend on.
+bool DecidesCosts(const cpu::Operation& operation) {
+  return std::holds_alternative<cpu::CopyArgs>(operation) ||
+         std::holds_alternative<cpu::ZeroArgs>(operation) ||
+         std::holds_alternative<ArgmaxArgs>(operation) ||
+         std::holds_alternative<SelectTopArgs>(operation) ||
+         std::holds_alternative<PlaceTokensArgs>(operation);
+}
+
+}  // namespace
+
 double CpuBackend::Execute(const cpu::Operation& operation) {
   if (!error_.ok()) return 0;
   const double element_bytes =
       options_.modelled.has_value() ? options_.modelled->element_bytes : kElementBytes;
   const cpu::OperationCost cost = cpu::CostOf(operation, *this, element_bytes);
-  const absl::Status status =
-      std::visit([this](const auto& args) { return cpu::Run(args, context_); }, operation);
+  absl::Status status;
+  if (!options_.costs_alone || DecidesCosts(operation)) {
+    status = std::visit([this](const auto& args) { return cpu::Run(args, context_); }, operation);
+  }
   if (!status.ok()) {
     error_ = Annotate(status, cpu::OperationName(operation));
     return 0;

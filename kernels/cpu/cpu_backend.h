@@ -34,6 +34,11 @@ struct CpuBackendOptions {
   bool shuffle_streams = false;  // draw the order of the streams from stream_seed
   uint64_t stream_seed = 0;
   std::optional<DeviceProfile> modelled;  // keep modelled time for this machine
+  // With modelled time: numbers of the model (weights, activations, keys and values) are not
+  // computed, only what operations cost, and what decides on costs to come: selections, copies,
+  // zeros. Memory is untouched where nothing is written, so machines larger than this one can be
+  // modelled.
+  bool costs_alone = false;
   uint64_t device_memory_bytes = 0;       // what Tier::kDevice may take; 0: no bound of our own
   uint64_t host_memory_bytes = 0;         // likewise for Tier::kHost
 };
@@ -120,10 +125,13 @@ class CpuBackend : public Backend, private cpu::Executor, private cpu::MemoryMap
 
  private:
   struct Allocation {
-    std::byte* memory = nullptr;  // as malloc gave it
+    std::byte* memory = nullptr;  // as the system gave it
     uint64_t bytes = 0;
     Tier tier = Tier::kDevice;
   };
+
+  std::byte* Take(uint64_t bytes) const;  // nullptr: there is not so much
+  void GiveBack(const Allocation& allocation) const;
 
   bool IsFetch(const cpu::Operation& operation) const;
   void Enqueue(const cpu::Operation& operation, Stream stream);

@@ -46,7 +46,8 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const BackendOptions& op
   CpuBackendOptions cpu{.threads = options.threads,
                         .batch_invariant = options.batch_invariant,
                         .shuffle_streams = options.stream_seed != 0,
-                        .stream_seed = options.stream_seed};
+                        .stream_seed = options.stream_seed,
+                        .costs_alone = options.costs_alone};
   if (!options.profile.empty()) {
     ASSIGN_OR_RETURN(cpu.modelled, FindDeviceProfile(options.profile));
   }

@@ -43,8 +43,8 @@ absl::StatusOr<std::span<const int32_t>> Trial::TextIds(const std::string& path)
 
 absl::Status Trial::Load() {
   const TrialSpec& spec = request_.spec();
-  ASSIGN_OR_RETURN(backend_,
-                   context_.device->UseBackend(context_.device->OptionsOf(spec.engine())));
+  ASSIGN_OR_RETURN(backend_, context_.device->UseBackend(context_.device->OptionsOf(
+                                 spec.engine(), spec.model().weights())));
   const std::string& backend = backend_->info().backend;
   const Engine::Backend asked = spec.engine().backend();
   if (asked != Engine::BACKEND_AUTO && (asked == Engine::BACKEND_CUDA) != (backend == "cuda")) {

@@ -14,12 +14,13 @@ namespace kvsweep {
 WarmDevice::WarmDevice(BackendFactory factory, int threads)
     : factory_(std::move(factory)), threads_(threads) {}
 
-BackendOptions WarmDevice::OptionsOf(const Engine& settings) const {
+BackendOptions WarmDevice::OptionsOf(const Engine& settings, Model::Weights weights) const {
   const bool modelled = settings.time() == Engine::TIME_MODELLED;
   return {.threads = settings.threads() > 0 ? static_cast<int>(settings.threads()) : threads_,
           .batch_invariant = settings.batch_invariant(),
           .stream_seed = settings.stream_seed(),
-          .profile = modelled ? settings.device_profile() : std::string()};
+          .profile = modelled ? settings.device_profile() : std::string(),
+          .costs_alone = modelled && weights == Model::WEIGHTS_RANDOM};
 }
 
 absl::StatusOr<Backend*> WarmDevice::UseBackend(const BackendOptions& options) {

@@ -26,6 +26,8 @@ struct BackendOptions {
   bool batch_invariant = false;
   uint64_t stream_seed = 0;
   std::string profile;  // of modelled time; empty: real time
+  // Modelled time of random weights, whose numbers mean nothing: they are not computed.
+  bool costs_alone = false;
   bool operator==(const BackendOptions&) const = default;
 };
 
@@ -38,8 +40,10 @@ class WarmDevice {
   // `threads`: of the CPU backend when a spec leaves it open.
   WarmDevice(BackendFactory factory, int threads);
 
-  // The options that a spec's engine settings come down to on this machine.
-  BackendOptions OptionsOf(const Engine& settings) const;
+  // The options that a spec's engine settings come down to on this machine; of a measurement that
+  // nobody asks for numbers, `weights` too.
+  BackendOptions OptionsOf(const Engine& settings,
+                           Model::Weights weights = Model::WEIGHTS_TRAINED) const;
 
   absl::StatusOr<Backend*> UseBackend(const BackendOptions& options);
 

@@ -1,5 +1,6 @@
 #include "kernels/cpu/cpu_backend.h"
 
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -155,6 +156,31 @@ TEST(CpuBackend, ModelledTimeOverlapsTransferAndCompute) {
     EXPECT_EQ(device.backend.total_cost().link_bytes, 1000);
     EXPECT_EQ(device.backend.total_cost().operations, 512);
   }
+}
+
+// Costs alone: products are not computed, copies are, and memory may exceed the machine's.
+TEST(CpuBackend, CostsAloneComputesNoProducts) {
+  Device device({.threads = 1, .modelled = *FindDeviceProfile("h200"), .costs_alone = true});
+  const Activations out = device.RoomRows(1, 16);
+  device.backend.Gemm({.out = out,
+                       .in = device.PutRows(std::vector<float>(16, 1.0f), 1, 16),
+                       .weight = device.Put(std::vector<float>(256, 1.0f)),
+                       .rows = 1,
+                       .out_columns = 16,
+                       .in_columns = 16},
+                      Stream::kCompute);
+  float* const target = device.Room<float>(1);
+  const float* const source = device.Put(std::vector<float>{7});
+  device.backend.Copy(target, source, sizeof(float), Stream::kCompute);
+  ASSERT_TRUE(device.backend.WaitAll().ok());
+  EXPECT_TRUE(std::isnan(*static_cast<const float*>(out.data))) << "it was written";
+  EXPECT_EQ(*target, 7);
+  EXPECT_GT(device.backend.modelled_ns(), 0);
+  const absl::StatusOr<std::byte*> large =
+      device.backend.Allocate(Tier::kDevice, uint64_t{1} << 40);
+  ASSERT_TRUE(large.ok()) << large.status();
+  (*large)[uint64_t{1} << 39] = std::byte{1};
+  device.backend.Free(*large);
 }
 
 // A small decode step, eager and as a graph, again and again: the same numbers, and no allocation

@@ -183,6 +183,38 @@ TEST(RunAheadTest, ChangesNothing) {
   }
 }
 
+// Where numbers mean nothing, what a step costs is all that is wanted of it: the same time, the
+// same bytes and the same entries as when every number is computed.
+TEST(CostsAloneTest, ModelledTimeIsThatOfComputedNumbers) {
+  Random random(8);
+  const std::vector<TestRequest> requests = RandomRequests(random, 6, 64, 120, 30);
+  for (Arm arm : TightArms()) {
+    if (arm.has_infinigen()) arm.mutable_infinigen()->set_force_fetch_ratio(0.2);
+    SCOPED_TRACE(arm.strategy());
+    TestRun computed;
+    int64_t computed_ns = 0;
+    for (const bool costs_alone : {false, true}) {
+      const auto backend = MakeBackend({.threads = 2,
+                                        .modelled = FindDeviceProfile("laptop").value(),
+                                        .costs_alone = costs_alone});
+      const auto model = RandomModel(backend.get(), "tiny-llama");
+      const absl::StatusOr<TestRun> run = RunRequests(backend.get(), *model, arm, SmallEngine(160),
+                                                      requests, RandomIds(random, 64, 64));
+      ASSERT_TRUE(run.ok()) << run.status();
+      if (!costs_alone) {
+        computed = *run;
+        computed_ns = backend->modelled_ns();
+        continue;
+      }
+      EXPECT_EQ(backend->modelled_ns(), computed_ns);
+      EXPECT_EQ(run->steps, computed.steps);
+      EXPECT_EQ(run->attended, computed.attended);
+      EXPECT_EQ(run->traffic.to_device, computed.traffic.to_device);
+      EXPECT_EQ(run->traffic.to_host, computed.traffic.to_host);
+    }
+  }
+}
+
 // Law: graphs that were captured before anything ran are the graphs that are needed, and all of
 // them.
 TEST(CaptureTest, GraphsCapturedBeforehandServeEveryStep) {
