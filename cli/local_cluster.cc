@@ -65,7 +65,10 @@ absl::StatusOr<std::string> LocalCluster::StartWorker(const LocalWorkerOptions& 
         options.runner_path, " is not a program; build kvsweep-runner, or name it with --runner"));
   }
   RunnerCommand runner{.path = options.runner_path, .arguments = {}, .environment = {}};
-  if (options.threads > 0) runner.arguments = {"--threads", absl::StrCat(options.threads)};
+  runner.arguments = {"--cache", options.cache_folder};
+  if (options.threads > 0) {
+    runner.arguments.insert(runner.arguments.end(), {"--threads", absl::StrCat(options.threads)});
+  }
   WorkerOptions worker;
   worker.worker_id = kWorkerId;
   worker.machine = HostName();

@@ -114,7 +114,10 @@ absl::StatusOr<WorkerOptions> OptionsFrom(const Flags& flags) {
     return absl::NotFoundError(
         absl::StrCat(command.path, " is not a program; name the runner with --runner"));
   }
-  if (flags.threads > 0) command.arguments = {"--threads", absl::StrCat(flags.threads)};
+  command.arguments = {"--cache", options.cache_folder};
+  if (flags.threads > 0) {
+    command.arguments.insert(command.arguments.end(), {"--threads", absl::StrCat(flags.threads)});
+  }
   const std::vector<std::string> slots =
       flags.slot_arguments.empty() ? std::vector<std::string>(flags.slots) : flags.slot_arguments;
   for (const std::string& arguments : slots) {

@@ -11,4 +11,8 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int device, DType dty
       {.device = device, .dtype = dtype, .batch_invariant = options.batch_invariant});
 }
 
+absl::StatusOr<std::vector<double>> MeasureDeviceReading(int device) {
+  return MeasureCudaReading(device);
+}
+
 }  // namespace kvsweep

@@ -4,6 +4,7 @@
 #define KVSWEEP_WORKER_RUNNER_DEVICE_BACKEND_H_
 
 #include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -19,6 +20,10 @@ absl::Status ProbeDevice(int device);
 // The device backend, computing in `dtype`. Errors as of ProbeDevice, and the backend's own.
 absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int device, DType dtype,
                                                            const BackendOptions& options);
+
+// Bytes a second at which the device reads memory that no cache holds, several samples. Errors as of
+// ProbeDevice.
+absl::StatusOr<std::vector<double>> MeasureDeviceReading(int device);
 
 }  // namespace kvsweep
 

@@ -35,6 +35,7 @@
 #include "worker/runner/device_backend.h"
 #include "worker/runner/generate.h"
 #include "worker/runner/input_cache.h"
+#include "worker/runner/node.h"
 #include "worker/runner/recorder.h"
 #include "worker/runner/trial.h"
 #include "worker/runner/warm_device.h"
@@ -79,7 +80,7 @@ int PrintProbe(int device) {
   return status.ok() ? 0 : 1;
 }
 
-FromRunner MakeHello(const BackendInfo& info) {
+FromRunner MakeHello(const BackendInfo& info, const Node& node) {
   FromRunner frame;
   RunnerHello* hello = frame.mutable_hello();
   hello->set_backend(info.backend);
@@ -88,6 +89,7 @@ FromRunner MakeHello(const BackendInfo& info) {
   hello->set_device_memory_bytes(info.device_memory_bytes);
   hello->set_runner_build(GetBuildInfo().runner_digest);
   hello->set_method_version(kMethodVersion);
+  for (const auto& [name, value] : node.Facts()) (*hello->mutable_facts())[name] = value;
   return frame;
 }
 
@@ -179,29 +181,32 @@ void RunOne(const RunTrial& request, const TrialContext& context) {
 }
 
 // Serves the worker until it says so or goes away.
-absl::Status ServeWorker(int fd, WarmDevice* device) {
+absl::Status ServeWorker(int fd, WarmDevice* device, Node* node) {
   // A backend before the first trial tells who we are.
   ASSIGN_OR_RETURN(const Backend* backend, device->UseBackend(device->OptionsOf(Engine())));
   const BackendInfo info = backend->info();
-  RETURN_IF_ERROR(WriteFrame(fd, MakeHello(info)));
+  node->Update(info);
+  RETURN_IF_ERROR(WriteFrame(fd, MakeHello(info, *node)));
   InputCache inputs;
   KnownReference reference;
   Recorder recorder([fd](const FromRunner& frame) { return WriteFrame(fd, frame); });
   Inbox inbox(fd);
   while (const std::optional<RunTrial> request = inbox.Next()) {
     inbox.Begin(request->trial_id());
+    node->Update(info);
     RunOne(*request, {.device = device,
                       .inputs = &inputs,
                       .reference = &reference,
                       .recorder = &recorder,
                       .cancel = inbox.cancel(),
+                      .node = node,
                       .slot_device_class = info.device_class});
   }
   return absl::OkStatus();
 }
 
 // Runs the RunTrial in a text file and prints each frame.
-absl::Status RunFile(const std::string& path, WarmDevice* device) {
+absl::Status RunFile(const std::string& path, WarmDevice* device, Node* node) {
   ASSIGN_OR_RETURN(const std::string text, ReadFile(path, limits::kMessageBytes));
   RunTrial request;
   if (!google::protobuf::TextFormat::ParseFromString(text, &request)) {
@@ -214,12 +219,16 @@ absl::Status RunFile(const std::string& path, WarmDevice* device) {
     std::cout << frame.DebugString() << std::flush;
     return absl::OkStatus();
   });
+  ASSIGN_OR_RETURN(const Backend* backend,
+                   device->UseBackend(device->OptionsOf(request.spec().engine())));
+  node->Update(backend->info());
   const std::atomic<bool> never = false;
   RunOne(request, {.device = device,
                    .inputs = &inputs,
                    .reference = &reference,
                    .recorder = &recorder,
-                   .cancel = &never});
+                   .cancel = &never,
+                   .node = node});
   return absl::OkStatus();
 }
 
@@ -248,6 +257,7 @@ int Main(int argc, char** argv) {
   std::string dtype = "bf16";
   int device = 0;
   bool probe = false;
+  std::string cache;
   std::string trial;
   std::string generate_path;
   std::string log_level = "warning";
@@ -266,6 +276,8 @@ int Main(int argc, char** argv) {
   app.add_option("--dtype", dtype, "Format of weights and activations on a CUDA device")
       ->check(CLI::IsMember({"bf16", "f32"}));
   app.add_flag("--probe", probe, "Say whether there is a device, and end");
+  app.add_option("--cache", cache,
+                 "Folder where the node's preflight is kept between starts; by default it is not");
   app.add_option("--threads", threads, "Threads of the CPU backend; 0: one for each core")
       ->check(CLI::Range(0, 1024));
   app.add_option("--log-level", log_level, "debug, info, warning, error or off");
@@ -289,11 +301,15 @@ int Main(int argc, char** argv) {
   }
   if (status.ok()) {
     if (threads == 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-    WarmDevice warm(FactoryOf(backend, device, dtype), threads);
+    const BackendFactory factory = FactoryOf(backend, device, dtype);
+    WarmDevice warm(factory, threads);
+    Node node({.cache = cache,
+               .make_backend = [factory] { return factory({}); },
+               .read_device = [device] { return MeasureDeviceReading(device); }});
     if (!generate_path.empty()) {
       status = AnswerGenerate(generate_path, &warm);
     } else {
-      status = fd >= 0 ? ServeWorker(fd, &warm) : RunFile(trial, &warm);
+      status = fd >= 0 ? ServeWorker(fd, &warm, &node) : RunFile(trial, &warm, &node);
     }
   }
   if (status.ok()) return 0;

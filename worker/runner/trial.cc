@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -16,6 +17,7 @@
 #include "experiments/matrix.h"
 #include "experiments/metrics.h"
 #include "experiments/spec.h"
+#include "experiments/stats.h"
 #include "worker/engine/manual_steps.h"
 
 namespace kvsweep {
@@ -70,6 +72,8 @@ Arm ReferenceArm() {
   return arm;
 }
 
+double ToMs(int64_t nanoseconds) { return static_cast<double>(nanoseconds) / kNsPerMs; }
+
 const char* YesNo(bool value) { return value ? "yes" : "no"; }
 
 }  // namespace
@@ -112,11 +116,12 @@ void Trial::Run() {
     const char* name;
     absl::Status (Trial::*run)();
   };
-  static constexpr std::array<Phase, 7> kPhases = {{{"check", &Trial::Check},
+  static constexpr std::array<Phase, 8> kPhases = {{{"check", &Trial::Check},
                                                     {"load", &Trial::Load},
                                                     {"prepare", &Trial::Prepare},
                                                     {"warm up", &Trial::WarmUp},
                                                     {"measure", &Trial::Measure},
+                                                    {"profile", &Trial::Profile},
                                                     {"drain", &Trial::Drain},
                                                     {"summarise", &Trial::Summarise}}};
   for (const Phase& phase : kPhases) {
@@ -228,7 +233,21 @@ absl::Status Trial::PrepareReference() {
 // ---------------------------------------------------------------------------------------- warm up
 
 absl::Status Trial::WarmUp() {
-  if (warmup_ == nullptr) return CheckPreparation();
+  if (warmup_ != nullptr) RETURN_IF_ERROR(ServeWarmup());
+  // Only where it saves time: a graph of the CPU backend is a list.
+  if (!is_quality() && backend_->info().beside_host) RETURN_IF_ERROR(CaptureSteps());
+  return CheckPreparation();
+}
+
+absl::Status Trial::CaptureSteps() {
+  const int64_t begun_ns = RealClock::Get().NowNs();
+  RETURN_IF_ERROR(engine_->CaptureSteps());
+  capture_ns_ = RealClock::Get().NowNs() - begun_ns;
+  captured_graphs_ = engine_->captured_graphs();
+  return absl::OkStatus();
+}
+
+absl::Status Trial::ServeWarmup() {
   const std::vector<ServeRequest> requests = ScheduleOf(*warmup_, samples());
   const ServeSchedule schedule{.requests = requests,
                                .copy_prompt = [this](size_t index, std::span<int32_t> prompt) {
@@ -239,11 +258,14 @@ absl::Status Trial::WarmUp() {
       .clock = &RealClock::Get(),
       .time_limit_ns = static_cast<int64_t>(request_.spec().limits().prepare()),
       .cancel = context_.cancel,
-      .progress = [this](size_t done) { ReportProgress(done); }};
+      .progress = [this](size_t done) { ReportProgress(done); },
+      .run_ahead = runs_ahead()};
   EnterPhase("warm up", requests.size());
-  RETURN_IF_ERROR(
-      ServeLoad(engine_.get(), schedule, options, [](RequestRow) { return true; }).status());
-  return CheckPreparation();
+  const int64_t serving_ns = RealClock::Get().NowNs();
+  ASSIGN_OR_RETURN(const ServeResult served,
+                   ServeLoad(engine_.get(), schedule, options, [](RequestRow) { return true; }));
+  start_ns_ = serving_ns - begun_ns_ + served.first_step_ns;
+  return absl::OkStatus();
 }
 
 // ---------------------------------------------------------------------------------------- measure
@@ -252,7 +274,10 @@ absl::Status Trial::Measure() {
   EmitStart();
   const uint64_t device_bytes = backend_->allocated_bytes(Tier::kDevice);
   const uint64_t host_bytes = backend_->allocated_bytes(Tier::kHost);
+  const std::unique_ptr<DeviceSampler> sampler = SampleDevice();
   RETURN_IF_ERROR(is_quality() ? MeasureQuality() : MeasureLoad());
+  if (sampler != nullptr) device_use_ = sampler->End();
+  if (capture_ns_ > 0) KVSWEEP_CHECK_EQ(engine_->captured_graphs(), captured_graphs_);
   // All memory was taken before the measurement.
   KVSWEEP_CHECK_EQ(backend_->allocated_bytes(Tier::kDevice), device_bytes);
   KVSWEEP_CHECK_EQ(backend_->allocated_bytes(Tier::kHost), host_bytes);
@@ -273,7 +298,8 @@ absl::Status Trial::MeasureLoad() {
       .modelled = modelled(),
       .time_limit_ns = static_cast<int64_t>(request_.spec().limits().trial()),
       .cancel = context_.cancel,
-      .progress = [this](size_t done) { ReportProgress(done); }};
+      .progress = [this](size_t done) { ReportProgress(done); },
+      .run_ahead = runs_ahead()};
   EnterPhase("measure", requests.size());
   ASSIGN_OR_RETURN(served_, ServeLoad(engine_.get(), schedule, options, [this](RequestRow row) {
                      Record record = NewRecord();
@@ -387,8 +413,10 @@ absl::Status Trial::Summarise() {
     SummariseLayers(scored_.attended_by_layer, scored_.decode_rows);
   } else {
     SummariseLoad();
+    SummariseSteps();
     SummariseLayers(served_.attended_by_layer, served_.decode_tokens);
   }
+  SummariseDevice();
   for (const CacheStrategy::Figure& figure : engine_->strategy().Figures()) {
     EmitCounter(figure.name, figure.layer, figure.value);
   }
@@ -411,6 +439,7 @@ void Trial::SummariseLoad() {
   count("decode_tokens", served_.decode_tokens);
   count("preemptions", served_.preemptions);
   count("recomputed_tokens", served_.recomputed_tokens);
+  SummariseHost();
   for (const StepSample& sample : served_.samples) {
     const auto point = [&](absl::string_view name, auto value) {
       EmitSample(name, sample.time_ns, static_cast<double>(value));
@@ -422,6 +451,23 @@ void Trial::SummariseLoad() {
     point(recorded::kWaiting, sample.waiting);
     point(recorded::kStepNs, sample.step_ns);
   }
+}
+
+// What the host did while it was no step's turn: the trial's start, captures, and how long the
+// device had nothing to do between a step and the one behind it.
+void Trial::SummariseHost() {
+  if (is_modelled()) return;
+  if (start_ns_ > 0) EmitCounter("trial_start_ms", -1, ToMs(start_ns_));
+  if (!backend_->info().beside_host) return;
+  EmitCounter("captured_graphs", -1, static_cast<double>(captured_graphs_));
+  EmitCounter("capture_ms", -1, ToMs(capture_ns_));
+  if (served_.gap_ns.empty()) return;
+  std::vector<double> sorted(served_.gap_ns.begin(), served_.gap_ns.end());
+  std::ranges::sort(sorted);
+  const double all_ns = std::accumulate(sorted.begin(), sorted.end(), 0.0);
+  EmitCounter("host_gap_us_median", -1, Percentile(sorted, 0.5) / kNsPerUs);
+  EmitCounter("host_gap_us_p99", -1, Percentile(sorted, 0.99) / kNsPerUs);
+  EmitCounter("host_gap_share", -1, all_ns / (all_ns + served_.stepped_ns));
 }
 
 // Attended fraction, mean over decode rows: of each layer, of all, and of those that the arm does
@@ -493,6 +539,7 @@ void Trial::EmitStart() {
   start->set_started_unix_ns(RealClock::Get().UnixNs());
   start->set_execution(request_.execution());
   AddFacts(start);
+  AddNodeFacts(start);
   context_.recorder->Put(std::move(record));
 }
 
@@ -508,6 +555,7 @@ void Trial::AddFacts(TrialStart* start) const {
   facts["stream_seed"] = absl::StrCat(spec.engine().stream_seed());
   facts["batch_invariant"] = YesNo(spec.engine().batch_invariant());
   facts["graphs"] = YesNo(spec.engine().graphs());
+  if (backend_ != nullptr) facts["run_ahead"] = YesNo(runs_ahead());
   if (engine_ == nullptr) return;
   const EngineOptions& options = engine_->options();
   const uint64_t token_bytes =

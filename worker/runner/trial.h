@@ -1,5 +1,6 @@
-// One trial, phase by phase: check, load, prepare, warm up, measure, drain, summarise. Whatever
-// happens, its records begin with a TrialStart and end with a TrialOutcome that says how it went.
+// One trial, phase by phase: check, load, prepare, warm up, measure, profile, drain, summarise.
+// Whatever happens, its records begin with a TrialStart and end with a TrialOutcome that says how
+// it went.
 #ifndef KVSWEEP_WORKER_RUNNER_TRIAL_H_
 #define KVSWEEP_WORKER_RUNNER_TRIAL_H_
 
@@ -7,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,8 +23,12 @@
 #include "worker/engine/quality.h"
 #include "worker/engine/serve.h"
 #include "worker/runner/input_cache.h"
+#include "worker/runner/node.h"
 #include "worker/runner/recorder.h"
+#include "worker/runner/step_profile.h"
 #include "worker/runner/warm_device.h"
+#include "worker/telemetry/device_sampler.h"
+#include "worker/telemetry/time_stack.h"
 
 namespace kvsweep {
 
@@ -40,6 +46,7 @@ struct TrialContext {
   KnownReference* reference = nullptr;
   Recorder* recorder = nullptr;
   const std::atomic<bool>* cancel = nullptr;
+  const Node* node = nullptr;     // nullptr: nothing is known of it
   std::string slot_device_class;  // as the runner introduced itself; empty: the backend's own
 };
 
@@ -63,11 +70,16 @@ class Trial {
   absl::Status Prepare();
   absl::Status WarmUp();
   absl::Status Measure();
+  absl::Status Profile();
   absl::Status Drain();
   absl::Status Summarise();
 
   bool is_quality() const { return request_.spec().kind() == TrialSpec::KIND_QUALITY; }
   uint32_t samples() const { return std::max(request_.spec().load().samples(), 1u); }
+  // Where the host and the device are one, it would gain nothing; modelled time has no host.
+  bool runs_ahead() const {
+    return request_.spec().engine().run_ahead() && backend_->info().beside_host && !is_modelled();
+  }
   bool is_modelled() const { return request_.spec().engine().time() == Engine::TIME_MODELLED; }
   Clock& clock() { return is_modelled() ? static_cast<Clock&>(modelled_clock_) : RealClock::Get(); }
   SimulatedClock* modelled() { return is_modelled() ? &modelled_clock_ : nullptr; }
@@ -77,6 +89,8 @@ class Trial {
   absl::Status LoadQualityTask();
   absl::Status LoadCalibration();
   EngineOptions ArmOptions() const;
+  absl::Status ServeWarmup();
+  absl::Status CaptureSteps();
   absl::Status MeasureLoad();
   absl::Status PrepareReference();
   absl::Status MeasureQuality();
@@ -84,7 +98,18 @@ class Trial {
   void JudgeQuality(absl::string_view what, size_t of);
   void JudgeLoad();
   void SummariseLoad();
+  void SummariseHost();
   void SummariseLayers(std::span<const double> attended_by_layer, int64_t decode_rows);
+
+  // trial_telemetry.cc
+  std::unique_ptr<DeviceSampler> SampleDevice() const;
+  std::vector<int32_t> ProfileText(int32_t tokens) const;
+  void SummariseDevice();
+  void SummariseSteps();
+  std::optional<DeviceProfile> Machine() const;
+  double PredictedDecodeStepNs(const DeviceProfile& machine) const;
+  void EmitStack(absl::string_view prefix, const TimeStack& stack);
+  void AddNodeFacts(TrialStart* start) const;
 
   void EnterPhase(absl::string_view phase, uint64_t total);
   absl::Status CheckPreparation() const;
@@ -100,6 +125,9 @@ class Trial {
   const TrialContext& context_;
   SimulatedClock modelled_clock_;
   int64_t begun_ns_ = 0;  // real time
+  int64_t start_ns_ = 0;  // from there to the first step
+  int64_t capture_ns_ = 0;
+  size_t captured_graphs_ = 0;  // before the measurement
   Progress progress_;
 
   Backend* backend_ = nullptr;
@@ -120,6 +148,8 @@ class Trial {
 
   ServeResult served_;
   QualityResult scored_;
+  DeviceUse device_use_;                // during the measurement
+  std::optional<StepProfile> profile_;  // of steps made after it
   bool started_ = false;
   TrialOutcome outcome_;
 };

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "experiments/matrix.h"
 #include "experiments/metrics.h"
 #include "experiments/spec.h"
@@ -141,6 +142,48 @@ TEST_F(TrialTest, EveryArmServesTheSameRequestsToTheEnd) {
   }
   EXPECT_EQ(lengths[0], lengths[1]);
   EXPECT_EQ(lengths[0], lengths[2]);
+}
+
+// The value of each counter about the whole trial.
+std::map<std::string, double> Counters(const std::vector<Record>& records) {
+  std::map<std::string, double> counters;
+  for (const Record& record : records) {
+    if (record.has_counter() && record.counter().layer() < 0) {
+      counters[record.counter().name()] = record.counter().value();
+    }
+  }
+  return counters;
+}
+
+TEST_F(TrialTest, ADecodeStepIsTakenApartAndComparedWithItsFloor) {
+  for (size_t arm = 0; arm < 3; ++arm) {
+    SCOPED_TRACE(matrix_->arms()[arm].name());
+    const std::map<std::string, double> counters = Counters(Run(LoadRequest(arm)));
+    double parts_ns = 0;
+    for (const char* part : {"projections", "attention", "selection", "speculation", "transfer",
+                             "mlp", "sampling", "other", "idle"}) {
+      const std::string name = absl::StrCat("stack_", part, "_ns");
+      ASSERT_TRUE(counters.contains(name)) << name;
+      EXPECT_GE(counters.at(name), 0) << name;
+      parts_ns += counters.at(name);
+    }
+    EXPECT_NEAR(parts_ns, counters.at("profile_step_ns"), 1e-6 * parts_ns);
+    EXPECT_GT(counters.at("stack_projections_ns"), 0);
+    EXPECT_GT(counters.at("stack_attention_ns"), 0);
+    EXPECT_GT(counters.at("stack_mlp_ns"), counters.at("stack_other_ns"));
+    EXPECT_GT(counters.at("stack_prefill_mlp_ns"), 0);
+    EXPECT_GE(counters.at("profile_rows"), 1);
+    const bool fetches = matrix_->arms()[arm].strategy() == "infinigen";
+    EXPECT_EQ(counters.at("stack_transfer_ns") > 0, fetches);
+    EXPECT_EQ(counters.at("stack_selection_ns") > 0, arm > 0);
+    EXPECT_EQ(counters.contains(recorded::kTransferNs), fetches);
+    if (fetches) {
+      EXPECT_GE(counters.at(recorded::kTransferNs), counters.at(recorded::kTransferExposedNs));
+    }
+    // Modelled time charges each operation its fixed cost, so a step is longer than its floor.
+    EXPECT_GT(counters.at("predicted_decode_step_ns"), 0);
+    EXPECT_GT(counters.at("decode_step_ns"), counters.at("predicted_decode_step_ns"));
+  }
 }
 
 TEST_F(TrialTest, TheSameTrialGivesTheSameRecords) {

@@ -1,0 +1,109 @@
+#include "worker/runner/node.h"
+
+#include <filesystem>
+#include <system_error>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/clock.h"
+#include "base/file.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "base/version.h"
+
+namespace kvsweep {
+namespace {
+
+constexpr int64_t kPreflightBytes = 64 << 10;
+
+// The preflight of `subject` in the cache, if it is fresh.
+std::optional<Preflight> FindPreflight(const std::string& path, const std::string& subject) {
+  const absl::StatusOr<std::string> text = ReadFile(path, kPreflightBytes);
+  if (!text.ok()) return std::nullopt;
+  absl::StatusOr<Preflight> found = ParsePreflight(*text);
+  if (!found.ok()) {
+    LogWarning(path, ": ", found.status().message(), "; it is measured anew");
+    return std::nullopt;
+  }
+  const bool fits = found->subject == subject && found->IsFresh(RealClock::Get().UnixNs());
+  return fits ? std::optional<Preflight>(*std::move(found)) : std::nullopt;
+}
+
+void KeepPreflight(const std::string& cache, const std::string& path, const Preflight& preflight) {
+  std::error_code error;
+  std::filesystem::create_directories(cache, error);
+  const absl::Status status = WriteFileAtomic(path, PreflightText(preflight));
+  if (!status.ok()) LogWarning("the preflight is not kept: ", status.message());
+}
+
+}  // namespace
+
+void Node::Update(const BackendInfo& info) {
+  if (info.pci_address.empty()) return;
+  if (!std::exchange(opened_, true)) OpenNvml(info);
+  if (preflight_ && preflight_->IsFresh(RealClock::Get().UnixNs())) return;
+  const std::string subject = PreflightSubject(info, GetBuildInfo().runner_digest);
+  const std::string path = PreflightPath(options_.cache, subject);
+  if (!options_.cache.empty()) preflight_ = FindPreflight(path, subject);
+  if (preflight_) return;
+  absl::StatusOr<Preflight> measured = MeasurePreflight(info);
+  preflight_status_ = measured.status();
+  if (!measured.ok()) {
+    LogWarning("preflight: ", measured.status().message());
+    return;
+  }
+  preflight_ = *std::move(measured);
+  if (!options_.cache.empty()) KeepPreflight(options_.cache, path, *preflight_);
+}
+
+void Node::OpenNvml(const BackendInfo& info) {
+  absl::StatusOr<std::unique_ptr<Nvml>> nvml = Nvml::Open(info.pci_address);
+  if (!nvml.ok()) {
+    device_facts_["nvml"] = absl::StrCat("none: ", nvml.status().message());
+    return;
+  }
+  nvml_ = *std::move(nvml);
+  const DeviceLimits limits = nvml_->ReadLimits();
+  const DeviceReading now = nvml_->Read();
+  const auto add = [this](const char* name, const std::optional<double>& value, const char* unit) {
+    if (value) device_facts_[name] = absl::StrFormat("%g %s", *value, unit);
+  };
+  device_facts_["nvml"] = absl::StrCat("driver ", limits.driver);
+  add("power_limit", limits.power_limit_w, "W");
+  add("sm_clock_limit", limits.sm_clock_mhz, "MHz");
+  add("memory_clock_limit", limits.memory_clock_mhz, "MHz");
+  if (now.link_generation && now.link_width) {
+    device_facts_["pcie"] =
+        absl::StrCat("generation ", *now.link_generation, " x", *now.link_width, ", at most ",
+                     limits.link_generation.value_or(*now.link_generation), " x",
+                     limits.link_width.value_or(*now.link_width));
+  }
+}
+
+absl::StatusOr<Preflight> Node::MeasurePreflight(const BackendInfo& info) {
+  LogInfo("preflight: measuring what this node can carry");
+  ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, options_.make_backend());
+  const int64_t begun_ns = RealClock::Get().NowNs();
+  ASSIGN_OR_RETURN(
+      MachineLimits limits,
+      MeasureLimits(*backend, {.all = true, .brief = true, .read_device = options_.read_device}));
+  const double seconds = static_cast<double>(RealClock::Get().NowNs() - begun_ns) / kNsPerSecond;
+  LogInfo("preflight: done in ", absl::StrFormat("%.1f", seconds), " s");
+  return Preflight{.subject = PreflightSubject(info, GetBuildInfo().runner_digest),
+                   .measured_unix_ns = RealClock::Get().UnixNs(),
+                   .element_bytes = limits.profile.element_bytes,
+                   .limits = std::move(limits.rows)};
+}
+
+std::map<std::string, std::string> Node::Facts() const {
+  std::map<std::string, std::string> facts = device_facts_;
+  if (preflight_) {
+    facts.merge(preflight_->Facts());
+  } else if (!preflight_status_.ok()) {
+    facts["preflight"] = absl::StrCat("none: ", preflight_status_.message());
+  }
+  return facts;
+}
+
+}  // namespace kvsweep
