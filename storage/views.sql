@@ -53,6 +53,11 @@ SELECT t.trial_id, r.experiment_id, e.name AS experiment, t.round_id, r.cell_ind
        s.duration_ns, s.engagement, s.backend, s.device, s.device_class, s.driver, s.time_mode,
        s.runner_build, s.method_version, s.executions,
        n.worker_id, n.machine, n.slot, n.neighbours,
+       -- Which preflight of its node its predictions are from; its figures stand in v_facts.
+       (SELECT f.value FROM trial m JOIN trial_start_fact f
+          ON f.record_id BETWEEN m.first_record AND m.last_record AND f.name = 'preflight'
+        WHERE m.trial_id = coalesce(t.measured_trial_id, t.trial_id)
+        ORDER BY f.record_id DESC LIMIT 1) AS preflight,
        coalesce(t.measured_trial_id, t.trial_id) AS measured_trial_id,
        t.measured_trial_id IS NOT NULL AS served,
        lower(hex(t.content_key)) AS content_key, lower(hex(t.quality_key)) AS quality_key,
