@@ -5,7 +5,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -262,6 +265,75 @@ TEST(CudaBackendTest, GraphsJoinStreamsAndReadNewValuesBehindOldPointers) {
   backend->BeginCapture();
   backend->WaitEvent(sent, Stream::kCompute);
   EXPECT_EQ(backend->EndCapture().status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+// What a profile tells of the latest launch of a graph and of work outside of it: parts as entered,
+// lengths that the memory could carry, one stream's operations one behind the other.
+TEST(CudaBackendTest, ProfilesTellWhenOperationsRan) {
+  const auto backend = NewCuda({});
+  constexpr uint64_t kBytes = 64 << 20;
+  std::byte* const device = backend->Allocate(Tier::kDevice, 2 * kBytes).value();
+  std::byte* const host = backend->Allocate(Tier::kHost, kBytes).value();
+  backend->BeginProfile();
+  backend->BeginCapture();
+  backend->Enter(StepPart::kMlp);
+  backend->Copy(device + kBytes, device, kBytes, Stream::kCompute);
+  backend->Enter(StepPart::kSampling);
+  backend->Zero(device, kBytes, Stream::kCompute);
+  backend->Enter(StepPart::kNone);
+  const absl::StatusOr<Graph> graph = backend->EndCapture();
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  for (int launch = 0; launch < 3; ++launch) {
+    backend->Launch(*graph);
+    backend->Launch(*graph);
+    backend->Copy(device, host, kBytes, Stream::kHostToDevice);
+    const absl::StatusOr<std::vector<OperationTime>> times = backend->TakeProfile();
+    ASSERT_TRUE(times.ok()) << times.status();
+    ASSERT_EQ(times->size(), 3u) << "of two launches the last";
+    std::map<std::string, OperationTime> by_stream_and_name;
+    for (const OperationTime& time : *times) {
+      by_stream_and_name[absl::StrCat(static_cast<int>(time.stream), time.name)] = time;
+    }
+    const OperationTime& inside = by_stream_and_name.at("0Copy");
+    const OperationTime& zeroed = by_stream_and_name.at("0Zero");
+    const OperationTime& across = by_stream_and_name.at("2Copy");
+    EXPECT_EQ(inside.part, StepPart::kMlp);
+    EXPECT_EQ(zeroed.part, StepPart::kSampling);
+    EXPECT_EQ(across.part, StepPart::kNone);
+    EXPECT_GE(zeroed.begin_ns, inside.end_ns);
+    EXPECT_GT(inside.end_ns - inside.begin_ns, 2.0 * kBytes / 20e12 * 1e9);
+    EXPECT_GT(across.end_ns - across.begin_ns, kBytes / 1e12 * 1e9);
+  }
+  backend->EndProfile();
+  backend->Zero(device, kBytes, Stream::kCompute);
+  EXPECT_TRUE(backend->TakeProfile()->empty());
+  backend->DestroyGraph(*graph);
+}
+
+TEST(CudaBackendTest, FetchesCanBeLeftOut) {
+  const auto backend = NewCuda({});
+  std::byte* const device = backend->Allocate(Tier::kDevice, 4096).value();
+  std::byte* const host = backend->Allocate(Tier::kHost, 4096).value();
+  std::byte* const pair = backend->Allocate(Tier::kDevice, 256).value();
+  CopyBlocksArgs fetch;
+  fetch.target = device;
+  fetch.source = host;
+  fetch.pair = reinterpret_cast<const int32_t*>(pair);
+  fetch.count = 1;
+  fetch.block_bytes = 1024;
+  CopyBlocksArgs store = fetch;
+  store.target = host;
+  store.source = device;
+  const auto moved = [&] {
+    backend->CopyBlocks(fetch, Stream::kHostToDevice);
+    backend->CopyBlocks(store, Stream::kDeviceToHost);
+    EXPECT_TRUE(backend->WaitAll().ok());
+    return std::pair(backend->link_bytes_to_device(), backend->link_bytes_to_host());
+  };
+  backend->SkipFetches(true);
+  EXPECT_EQ(moved(), std::pair(uint64_t{0}, uint64_t{1024}));
+  backend->SkipFetches(false);
+  EXPECT_EQ(moved(), std::pair(uint64_t{1024}, uint64_t{2048}));
 }
 
 TEST(CudaBackendTest, ErrorsNameTheOperation) {
