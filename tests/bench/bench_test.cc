@@ -264,8 +264,9 @@ TEST(Rows, OfTargetsAllRun) {
     ResultRow row = todo.row;
     const absl::Status status = todo.measure(bench, &row);
     EXPECT_TRUE(status.ok()) << status;
-    EXPECT_GT(row.measured, 0);
     EXPECT_GT(row.samples, 0);
+    // Here host and device are one: between its steps it waits for nothing.
+    EXPECT_TRUE(row.measured > 0 || absl::StartsWith(row.name, "host gap"));
   }
 }
 

@@ -19,7 +19,7 @@
 namespace kvsweep {
 namespace {
 
-// The first steps of a serving capture graphs; they are not counted.
+// The first steps of a serving still prefill, or find caches cold; they are not counted.
 constexpr int64_t kUncounted = 4;
 // An arm without pages on the device is refused less than one of a byte.
 constexpr uint64_t kPageOfNothing = 4096;
@@ -81,17 +81,17 @@ absl::StatusOr<std::unique_ptr<LoadServer>> LoadServer::Create(Backend* backend,
                                                                const LoadedModel* model,
                                                                ServedLoad load) {
   ApplyDefaults(&load.arm);
-  std::unique_ptr<LoadServer> server(new LoadServer(model, std::move(load)));
-  RETURN_IF_ERROR(server->MakeEngine(backend));
+  std::unique_ptr<LoadServer> server(new LoadServer(backend, model, std::move(load)));
+  RETURN_IF_ERROR(server->MakeEngine());
   return server;
 }
 
-absl::Status LoadServer::MakeEngine(Backend* backend) {
+absl::Status LoadServer::MakeEngine() {
   EngineOptions options{.max_sequences = static_cast<int32_t>(load_.rows),
                         .max_batched_tokens = static_cast<int32_t>(load_.max_batched_tokens),
                         .max_context = static_cast<int32_t>(load_.input + load_.output),
                         .kv_dtype = KvTypeOf(model_)};
-  ASSIGN_OR_RETURN(const TierBytes bytes, BytesFor(*backend, model_, load_, options));
+  ASSIGN_OR_RETURN(const TierBytes bytes, BytesFor(*backend_, model_, load_, options));
   options.device_bytes = bytes.device;
   options.host_bytes = bytes.host;
   const auto make =
@@ -101,13 +101,13 @@ absl::Status LoadServer::MakeEngine(Backend* backend) {
         RandomIds(load_.arm.infinigen().calibration_tokens(),
                   static_cast<uint64_t>(model_.config().vocabulary), /*seed=*/3);
     context.calibrate = [&](int32_t tokens) {
-      return CalibrateSkewing(backend, &model_, std::span(ids).first(static_cast<size_t>(tokens)));
+      return CalibrateSkewing(backend_, &model_, std::span(ids).first(static_cast<size_t>(tokens)));
     };
     ASSIGN_OR_RETURN(std::unique_ptr<CacheStrategy> strategy, MakeStrategy(load_.arm, context));
     return load_.prefilled ? AsIfPrefilled(std::move(strategy)) : std::move(strategy);
   };
-  ASSIGN_OR_RETURN(engine_, InferenceEngine::CreateWith(backend, &model_, options, make));
-  return absl::OkStatus();
+  ASSIGN_OR_RETURN(engine_, InferenceEngine::CreateWith(backend_, &model_, options, make));
+  return engine_->CaptureSteps();
 }
 
 absl::StatusOr<ServeResult> LoadServer::Serve(const RequestSink& sink) {
@@ -126,8 +126,8 @@ absl::StatusOr<ServeResult> LoadServer::Serve(const RequestSink& sink) {
                                          prompt.begin());
                                    },
                                .open_loop = false};
-  ASSIGN_OR_RETURN(ServeResult result,
-                   ServeLoad(engine_.get(), schedule, {.clock = &RealClock::Get()}, sink));
+  const ServeOptions options{.clock = &RealClock::Get(), .run_ahead = backend_->info().beside_host};
+  ASSIGN_OR_RETURN(ServeResult result, ServeLoad(engine_.get(), schedule, options, sink));
   if (result.completed == load_.rows) return result;
   return absl::InternalError(
       absl::StrCat(result.completed, " of ", load_.rows, " requests were served"));
@@ -150,7 +150,9 @@ absl::StatusOr<ServedSteps> TimeDecode(Backend* backend, const LoadedModel* mode
   ServedSteps served;
   served.tokens = static_cast<double>(question.context + kUncounted) +
                   static_cast<double>(question.steps) / 2.0;
-  std::vector<double> gaps;
+  std::vector<double> gaps;   // between tokens
+  std::vector<double> waits;  // of the device
+  double stepped_ns = 0;
   const int64_t deadline =
       RealClock::Get().NowNs() + static_cast<int64_t>(rule.seconds * kNsPerSecond);
   std::string stop;
@@ -164,8 +166,8 @@ absl::StatusOr<ServedSteps> TimeDecode(Backend* backend, const LoadedModel* mode
       gaps.push_back(static_cast<double>(last->token_gap_ns(static_cast<int>(i))));
     }
     served.first_token_ns = static_cast<double>(last->first_token_ns());
-    served.link_bytes_to_device =
-        static_cast<double>(result.kv_bytes_to_device) / static_cast<double>(load.output - 1);
+    waits.insert(waits.end(), result.gap_ns.begin(), result.gap_ns.end());
+    stepped_ns += result.stepped_ns;
     if (question.real_prompts) {
       stop = "once";
     } else if (ErrorOf(gaps) < rule.relative_error) {
@@ -173,6 +175,11 @@ absl::StatusOr<ServedSteps> TimeDecode(Backend* backend, const LoadedModel* mode
     } else if (RealClock::Get().NowNs() > deadline) {
       stop = "time-limit";
     }
+  }
+  if (!waits.empty()) {
+    served.gap = Summarise(waits);
+    const double waited_ns = MeanOf(waits) * static_cast<double>(waits.size());
+    served.gap_share = waited_ns / (waited_ns + stepped_ns);
   }
   served.timing = Summarise(gaps);
   served.timing.stop = stop;

@@ -35,15 +35,18 @@ class LoadServer {
                                                             const LoadedModel* model,
                                                             ServedLoad load);
 
-  // Serves all requests once. InternalError if one did not complete.
+  // Serves all requests once, ahead of the device where that works beside the host. InternalError
+  // if one did not complete.
   absl::StatusOr<ServeResult> Serve(const RequestSink& sink);
 
   InferenceEngine& engine() { return *engine_; }
 
  private:
-  LoadServer(const LoadedModel* model, ServedLoad load) : model_(*model), load_(std::move(load)) {}
-  absl::Status MakeEngine(Backend* backend);
+  LoadServer(Backend* backend, const LoadedModel* model, ServedLoad load)
+      : backend_(backend), model_(*model), load_(std::move(load)) {}
+  absl::Status MakeEngine();
 
+  Backend* backend_;
   const LoadedModel& model_;
   ServedLoad load_;
   std::unique_ptr<InferenceEngine> engine_;
@@ -59,10 +62,11 @@ struct DecodeQuestion {
 };
 
 struct ServedSteps {
-  Timing timing;                    // of one step: from token to token, as a client sees it
-  double tokens = 0;                // stored, of each request, mean over the timed steps
-  double first_token_ns = 0;        // of the last request, from its arrival
-  double link_bytes_to_device = 0;  // of a step, as counted; with prefilled prompts only
+  Timing timing;              // of one step: from token to token, as a client sees it
+  double tokens = 0;          // stored, of each request, mean over the timed steps
+  double first_token_ns = 0;  // of the last request, from its arrival
+  Timing gap;            // for which the device waited for the host between steps, on its own clock
+  double gap_share = 0;  // of these and the steps together
 };
 
 // Serves until the steps' median stands or the rule's time is up; with real prompts once.

@@ -115,6 +115,7 @@ class Maker {
   void AddSelections();
   void AddProducts();
   void AddSteps();
+  void AddHostGaps();
   void AddBurst();
   void AddRecording();
   void AddBatchInvariance();
@@ -347,6 +348,38 @@ void Maker::AddSteps() {
       [=](Bench& bench, ResultRow* row) {
         return TimeArmStep(bench, model, PagedArm(), few, tokens, 0, true, row);
       });
+}
+
+// How long the device waits for the host between decode steps.
+absl::Status TimeHostGap(Bench& bench, const std::string& model_name, const Arm& arm, int64_t rows,
+                         int64_t context, ResultRow* row) {
+  ASSIGN_OR_RETURN(Backend* const backend, bench.Use());
+  ASSIGN_OR_RETURN(const LoadedModel* const model, bench.UseModel(model_name, context + 128));
+  ASSIGN_OR_RETURN(
+      const ServedSteps served,
+      TimeDecode(backend, model, {.arm = arm, .rows = rows, .context = context}, bench.rule()));
+  row->SetTime(served.gap, "us");
+  row->spread = 0;  // most gaps are nothing, so quartiles say nothing
+  row->ratio = served.gap_share;
+  row->ratio_is = "share";
+  row->note = absl::StrFormat("step %.2f ms; the share is of all gaps, the time their median",
+                              served.timing.median_ns / 1e6);
+  return absl::OkStatus();
+}
+
+void Maker::AddHostGaps() {
+  const std::string model = sizes_.grouped;
+  const int64_t rows = Shrink(8);
+  const int64_t context = Shrink(1024);
+  for (const Arm& arm : ThreeArms(context)) {
+    Hold(Add(absl::StrCat("host gap ", model, " B=", rows, " context=", context, " ", arm.name()),
+             absl::StrCat("host gap between decode steps, ", model, ", B 8, 1,024 tokens, ",
+                          arm.name()),
+             [=](Bench& bench, ResultRow* row) {
+               return TimeHostGap(bench, model, arm, rows, context, row);
+             }),
+         0.02, false);
+  }
 }
 
 void Maker::AddBurst() {
@@ -703,6 +736,7 @@ std::vector<BenchRow> TargetRows(const BenchSizes& sizes) {
   maker.AddSelections();
   maker.AddProducts();
   maker.AddSteps();
+  maker.AddHostGaps();
   maker.AddBurst();
   maker.AddRecording();
   maker.AddOffload();
