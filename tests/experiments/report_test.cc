@@ -105,6 +105,39 @@ TEST_F(ReportTest, MoreThroughputIsBetter) {
   EXPECT_EQ(Compared().cells[0].arms[1].metrics[1].verdict, Verdict::kWorse);
 }
 
+TEST_F(ReportTest, DistanceFromTheLimitAndTheStackAreTold) {
+  EXPECT_THAT(Table(), Not(HasSubstr("limit"))) << "no column where nothing was predicted";
+  for (TrialResult& trial : input_.trials) {
+    trial.metrics.push_back({"decode_over_predicted", trial.arm == 0 ? 1.25 : 1.75, ""});
+    trial.metrics.push_back({"stack_attention_ms", 0.5 + trial.repeat, ""});
+  }
+  EXPECT_THAT(Table(), HasSubstr("limit"));
+  EXPECT_THAT(Table(), HasSubstr("1.75"));
+  const auto json = nlohmann::json::parse(FormatComparison(Compared(), ReportFormat::kJson));
+  const auto& telemetry = json["cells"][0]["arms"][1]["telemetry"];
+  EXPECT_EQ(telemetry["decode_over_predicted"], 1.75);
+  EXPECT_EQ(telemetry["stack_attention_ms"], 1.5);
+  EXPECT_FALSE(telemetry.contains("energy_j_per_token"));
+}
+
+TEST(TelemetryTest, AStackIsBarsThatAddUp) {
+  const std::string text = FormatTelemetry({{"decode_step_ms", 4.4, ""},
+                                            {"predicted_decode_step_ms", 4.0, ""},
+                                            {"stack_attention_ms", 1.0, ""},
+                                            {"stack_mlp_ms", 3.0, ""}});
+  EXPECT_THAT(text, HasSubstr("4.4 ms, 1.10 times the 4 ms"));
+  EXPECT_THAT(text, HasSubstr("25.0 %  " + std::string(10, '#') + "\n"));
+  EXPECT_THAT(text, HasSubstr("75.0 %  " + std::string(30, '#') + "\n"));
+  EXPECT_THAT(text, Not(HasSubstr("device")));
+}
+
+TEST(TelemetryTest, EnergyIsAFigureOrAReason) {
+  const std::vector<SummaryMetric> device = {{"mean_power_w", 412.5, ""},
+                                             {"energy_j_per_token", std::nullopt, "too short"}};
+  EXPECT_THAT(FormatTelemetry(device), HasSubstr("no figure for a token: too short"));
+  EXPECT_EQ(FormatTelemetry({{"energy_j_per_token", std::nullopt, "was not recorded"}}), "");
+}
+
 TEST_F(ReportTest, OneRepeatHasNoVerdict) {
   input_.trials.resize(2);
   const Comparison comparison = Compared();
