@@ -190,6 +190,29 @@ TEST(Summarise, CountersAndSamples) {
   EXPECT_EQ(Find(summary, "kv_bytes_d2h").reason, "kv_bytes_d2h was not recorded");
 }
 
+TEST(Summarise, EnergyIsWithheldWithAllItsReasons) {
+  const std::vector<RequestRow> rows = {Completed(0, 0, 5), Completed(1, 10, 5)};
+  std::vector<Counter> counters = {CounterOf(recorded::kEnergyJ, 50),
+                                   CounterOf(recorded::kEnergyNotRead, 0),
+                                   CounterOf(recorded::kEnergyTooShort, 0),
+                                   CounterOf(recorded::kEnergyShared, 0),
+                                   CounterOf(recorded::kEnergyThrottled, 0)};
+  const auto energy = [&] {
+    return Find(Summarise({.requests = rows, .counters = counters}), "energy_j_per_token");
+  };
+  EXPECT_EQ(energy().value, 5);
+  counters[2].set_value(1);
+  counters[4].set_value(1);
+  EXPECT_FALSE(energy().value.has_value());
+  EXPECT_EQ(energy().reason,
+            "the trial was too short for the device's energy counter; heat or power held the "
+            "device's clocks down");
+  counters = {CounterOf(recorded::kEnergyNotRead, 1)};
+  EXPECT_EQ(energy().reason, "the device's energy counter could not be read");
+  counters.clear();
+  EXPECT_EQ(energy().reason, "energy_j was not recorded");
+}
+
 TEST(Summarise, NothingIsNotANumber) {
   for (const SummaryMetric& metric : Summarise({})) {
     EXPECT_NE(metric.value.has_value(), !metric.reason.empty()) << metric.name;
