@@ -36,13 +36,13 @@ class Bench {
 
   const StopRule& rule() const { return rule_; }
   MachineLimits& limits() { return limits_; }
-  std::vector<PeerRow>& peers() { return peers_; }
+  Peers& peers() { return peers_; }
 
  private:
   BenchBackendFactory factory_;
   StopRule rule_;
   MachineLimits limits_;
-  std::vector<PeerRow> peers_;
+  Peers peers_;
   bool batch_invariant_ = false;  // of backend_
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<LoadedModel> model_;  // after the backend: goes before it

@@ -281,6 +281,8 @@ class Command {
     if (!options_.peers.empty()) {
       ASSIGN_OR_RETURN(bench_.peers(), ReadPeers(options_.peers));
       RETURN_IF_ERROR(file.SetPeers(bench_.peers()));
+    } else {
+      bench_.peers() = file.peers();
     }
     if (file.limits().profile.device_bytes_per_s > 0) {
       bench_.limits() = file.limits();

@@ -211,7 +211,9 @@ TEST_F(ResultFileTest, TablesShowPeersAndVerdictsAndGoBetweenTheirMarkers) {
   row.peer = "good";
   EXPECT_EQ(row.ratio, 0.5);
   EXPECT_FALSE(row.met());
-  ASSERT_TRUE(file.SetPeers({{"good", "slow", 9, ""}, {"good", "fast", 3, ""}}).ok());
+  ASSERT_TRUE(file.SetPeers({.about = "others 1.0",
+                             .rows = {{"good", "slow", 9, ""}, {"good", "fast", 3, ""}}})
+                  .ok());
   ASSERT_TRUE(file.Add(row).ok());
   const absl::StatusOr<std::string> table = MarkdownTable(*ReadFile(path_, 1 << 20));
   ASSERT_TRUE(table.ok()) << table.status();
@@ -220,6 +222,8 @@ TEST_F(ResultFileTest, TablesShowPeersAndVerdictsAndGoBetweenTheirMarkers) {
                                 "≥ 60.0 % | **missed** | slow 9.00 µs, fast 3.00 µs |"))
       << *table;
   EXPECT_TRUE(absl::StrContains(*table, "0 of 1 targets met"));
+  EXPECT_TRUE(absl::StrContains(*table, "Peers: others 1.0."));
+  EXPECT_EQ(Open().peers().Best("good")->peer, "fast");
   EXPECT_EQ(*ReplaceTable("a\n<!-- t: begin -->\nold\n<!-- t: end -->\nb\n", "t", "new\n"),
             "a\n<!-- t: begin -->\nnew\n<!-- t: end -->\nb\n");
   EXPECT_FALSE(ReplaceTable("a\n", "t", "new\n").ok());
@@ -231,10 +235,10 @@ TEST_F(ResultFileTest, PeersAreReadAndTheFastestOneWithoutErrorCounts) {
       {"case": "c", "peer": "b", "measured": 0.0, "error": "refused"},
       {"case": "c", "peer": "d", "measured": 4.0, "error": ""}]})")
                   .ok());
-  const absl::StatusOr<std::vector<PeerRow>> peers = ReadPeers(path_);
+  const absl::StatusOr<Peers> peers = ReadPeers(path_);
   ASSERT_TRUE(peers.ok()) << peers.status();
-  EXPECT_EQ(BestPeer(*peers, "c")->peer, "d");
-  EXPECT_EQ(BestPeer(*peers, "x"), nullptr);
+  EXPECT_EQ(peers->Best("c")->peer, "d");
+  EXPECT_EQ(peers->Best("x"), nullptr);
   EXPECT_FALSE(ReadPeers(folder_ + "/none.json").ok());
 }
 
@@ -260,7 +264,7 @@ TEST(Rows, OfTargetsAllRun) {
   bench.limits().profile = kRound;
   for (const BenchRow& todo : TargetRows(Tiny())) {
     SCOPED_TRACE(todo.row.name);
-    if (!todo.row.peer.empty()) bench.peers().push_back({todo.row.peer, "other", 1, ""});
+    if (!todo.row.peer.empty()) bench.peers().rows.push_back({todo.row.peer, "other", 1, ""});
     ResultRow row = todo.row;
     const absl::Status status = todo.measure(bench, &row);
     EXPECT_TRUE(status.ok()) << status;

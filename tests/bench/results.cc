@@ -79,12 +79,12 @@ std::string WithUnit(double value, const std::string& unit) {
   return unit.empty() ? Short(value) : absl::StrCat(Short(value), " ", unit == "us" ? "µs" : unit);
 }
 
-// A share of a limit in per cent, a multiple as it is.
+// A share of a limit in per cent, else the number and what it is.
 std::string ShowRatio(double ratio, const std::string& ratio_is) {
   if (ratio_is == "floor / measured" || ratio_is == "share") {
     return absl::StrFormat("%.1f %%", 100 * ratio);
   }
-  return Short(ratio);
+  return absl::StrCat(Short(ratio), " ", ratio_is);
 }
 
 std::string ShowTarget(const Json& row) {
@@ -97,7 +97,7 @@ std::string ShowTarget(const Json& row) {
 std::string ShowPeers(const Json& file, const std::string& name) {
   std::string text;
   if (name.empty() || !file.contains("peers")) return "–";
-  for (const Json& peer : file["peers"]) {
+  for (const Json& peer : file["peers"].value("rows", Json::array())) {
     if (peer.value("case", "") != name) continue;
     const std::string error = peer.value("error", "");
     absl::StrAppend(&text, text.empty() ? "" : ", ", peer.value("peer", ""), " ",
@@ -137,6 +137,17 @@ std::string ShowLimits(const Json& file) {
   return text;
 }
 
+Peers PeersOf(const Json& json) {
+  Peers peers{.about = json.value("about", "")};
+  for (const Json& row : json.value("rows", Json::array())) {
+    peers.rows.push_back({.name = row.value("case", ""),
+                          .peer = row.value("peer", ""),
+                          .measured_us = row.value("measured", 0.0),
+                          .error = row.value("error", "")});
+  }
+  return peers;
+}
+
 }  // namespace
 
 // -------------------------------------------------------------------------------------------- rows
@@ -162,26 +173,19 @@ void ResultRow::SetFloor(const DeviceProfile& limits) {
 
 // ------------------------------------------------------------------------------------------- peers
 
-absl::StatusOr<std::vector<PeerRow>> ReadPeers(const std::string& path) {
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kFileBytes));
-  ASSIGN_OR_RETURN(const Json json, ParseJson(text, path));
-  std::vector<PeerRow> peers;
-  for (const Json& row : json.value("rows", Json::array())) {
-    peers.push_back({.name = row.value("case", ""),
-                     .peer = row.value("peer", ""),
-                     .measured_us = row.value("measured", 0.0),
-                     .error = row.value("error", "")});
-  }
-  return peers;
-}
-
-const PeerRow* BestPeer(const std::vector<PeerRow>& peers, absl::string_view name) {
+const PeerRow* Peers::Best(absl::string_view name) const {
   const PeerRow* best = nullptr;
-  for (const PeerRow& row : peers) {
+  for (const PeerRow& row : rows) {
     if (row.name != name || !row.error.empty()) continue;
     if (best == nullptr || row.measured_us < best->measured_us) best = &row;
   }
   return best;
+}
+
+absl::StatusOr<Peers> ReadPeers(const std::string& path) {
+  ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kFileBytes));
+  ASSIGN_OR_RETURN(const Json json, ParseJson(text, path));
+  return PeersOf(json);
 }
 
 // -------------------------------------------------------------------------------------------- file
@@ -205,7 +209,7 @@ absl::StatusOr<ResultFile> ResultFile::Open(const std::string& path, const Resul
              {"command", header.command},
              {"limits", Json::array()},
              {"rows", Json::array()},
-             {"peers", Json::array()}};
+             {"peers", Json::object()}};
   if (path.empty() || fresh) return file;
   const absl::StatusOr<std::string> text = ReadFile(path, kFileBytes);
   if (absl::IsNotFound(text.status())) return file;
@@ -233,6 +237,7 @@ absl::StatusOr<ResultFile> ResultFile::Open(const std::string& path, const Resul
              .operations_per_s = kept.value("operations_per_s", 0.0),
              .element_bytes = kept.value("element_bytes", 2.0)};
   content["profile"] = kept;
+  file.peers_ = PeersOf(content["peers"]);
   return file;
 }
 
@@ -259,16 +264,17 @@ absl::Status ResultFile::SetLimits(const MachineLimits& limits) {
   return Write();
 }
 
-absl::Status ResultFile::SetPeers(const std::vector<PeerRow>& peers) {
+absl::Status ResultFile::SetPeers(const Peers& peers) {
+  peers_ = peers;
   Json rows = Json::array();
-  for (const PeerRow& row : peers) {
+  for (const PeerRow& row : peers.rows) {
     rows.push_back({{"case", row.name},
                     {"peer", row.peer},
                     {"measured", row.measured_us},
                     {"unit", "us"},
                     {"error", row.error}});
   }
-  (*content_)["peers"] = std::move(rows);
+  (*content_)["peers"] = {{"about", peers.about}, {"rows", std::move(rows)}};
   return Write();
 }
 
@@ -293,6 +299,8 @@ absl::StatusOr<std::string> MarkdownTable(absl::string_view json_text) {
                                   file.value("date", ""), ", commit ", file.value("commit", ""),
                                   "; `", file.value("command", ""),
                                   "`.\n\nLimits of the same run: ", ShowLimits(file), ".\n\n");
+  const std::string about = file.value("peers", Json::object()).value("about", "");
+  if (!about.empty()) absl::StrAppend(&text, "Peers: ", about, ".\n\n");
   absl::StrAppend(&text,
                   "| what | measured | floor | ratio | target | | peers in the same run |\n"
                   "| --- | --- | --- | --- | --- | --- | --- |\n");

@@ -56,10 +56,16 @@ struct PeerRow {
   std::string error;
 };
 
-// Reads what scripts/bench-peers wrote. NotFound, or InvalidArgument with the place of the error.
-absl::StatusOr<std::vector<PeerRow>> ReadPeers(const std::string& path);
-// The fastest of them in a case; nullptr if there is none.
-const PeerRow* BestPeer(const std::vector<PeerRow>& peers, absl::string_view name);
+struct Peers {
+  std::string about;  // the programs and their versions
+  std::vector<PeerRow> rows;
+
+  // The fastest in a case; nullptr if there is none.
+  const PeerRow* Best(absl::string_view name) const;
+};
+
+// Reads what scripts/bench-peers wrote. NotFound; InvalidArgument if it is not such a file.
+absl::StatusOr<Peers> ReadPeers(const std::string& path);
 
 // Where and from what the rows of a file are.
 struct ResultHeader {
@@ -80,10 +86,11 @@ class ResultFile {
   bool Has(absl::string_view name) const;
   // The limits that kept rows were held against; empty if there are none yet.
   const MachineLimits& limits() const { return limits_; }
+  const Peers& peers() const { return peers_; }
 
   // These write the file anew.
   absl::Status SetLimits(const MachineLimits& limits);
-  absl::Status SetPeers(const std::vector<PeerRow>& peers);
+  absl::Status SetPeers(const Peers& peers);
   absl::Status Add(const ResultRow& row);
 
  private:
@@ -92,6 +99,7 @@ class ResultFile {
 
   std::string path_;
   MachineLimits limits_;
+  Peers peers_;
   std::unique_ptr<nlohmann::json> content_;
 };
 

@@ -145,8 +145,8 @@ void Maker::AddDecode(const std::string& what, int64_t rows, int64_t context, in
   ResultRow& row = Add(name, what, [values, against_peer](Bench& bench, ResultRow* row) {
     RETURN_IF_ERROR(TimeKernel(bench, "decode_attention", values, row));
     if (!against_peer) return absl::OkStatus();
-    const PeerRow* const best = BestPeer(bench.peers(), row->peer);
-    row->ratio_is = "ours / best contiguous peer";
+    const PeerRow* const best = bench.peers().Best(row->peer);
+    row->ratio_is = "of the best peer";
     row->ratio = best == nullptr ? 1e9 : row->measured / best->measured_us;
     if (best != nullptr) return absl::OkStatus();
     return absl::FailedPreconditionError(
@@ -256,7 +256,7 @@ void Maker::AddSelections() {
         [values](Bench& bench, ResultRow* row) {
           RETURN_IF_ERROR(TimeKernel(bench, "speculate", values, row));
           row->ratio = row->measured / (1.25 * row->floor + 8);
-          row->ratio_is = "of 1.25 × its bytes + 8 µs";
+          row->ratio_is = "of 1.25 × bytes + 8 µs";
           return absl::OkStatus();
         });
     Hold(row, 1, false);
@@ -693,7 +693,7 @@ absl::Status TimeBurst(Bench& bench, const std::string& model_name, int64_t rows
       1e9;
   row->bound = "matrix, then read";
   row->ratio = row->measured / row->floor;
-  row->ratio_is = "measured / floor";
+  row->ratio_is = "× floor";
   return absl::OkStatus();
 }
 
