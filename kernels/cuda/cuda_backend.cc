@@ -300,6 +300,7 @@ absl::Status CudaBackend::Open() {
                    .tickets = static_cast<uint32_t*>(tickets),
                    .ticket_count = kTickets};
   }
+  RETURN_IF_ERROR(ToStatus(products_.Open(), "cublasLt"));
   RETURN_IF_ERROR(ToStatus(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "events"));
   RETURN_IF_ERROR(ToStatus(cudaEventCreate(&origin_), "events"));
   void* counts = nullptr;
@@ -415,14 +416,13 @@ void CudaBackend::Gemm(const GemmArgs& args, Stream stream) {
   if (args.rows == 0) return;
   const Scope scope(*this, "Gemm", stream);
   const cuda::LaunchContext context = ReadyKernel(stream);
-  const bool few = args.rows <= cuda::kSkinnyRows || options_.batch_invariant;
-  cudaError_t error;
-  if (few && cuda::IsSkinnyProduct(args, context)) {
-    error = cuda::LaunchSkinnyProduct(args, context);
-  } else if (!few && cuda::ProductLibrary::Takes(args, context)) {
+  cudaError_t error = cudaErrorNotSupported;
+  if (!options_.batch_invariant && cuda::ProductLibrary::Takes(args, context)) {
     error = products_.Launch(args, context);
-  } else {
-    error = cuda::LaunchGeneralProduct(args, context);
+  }
+  if (error == cudaErrorNotSupported) {
+    error = cuda::IsSkinnyProduct(args, context) ? cuda::LaunchSkinnyProduct(args, context)
+                                                 : cuda::LaunchGeneralProduct(args, context);
   }
   Note(error, "Gemm");
 }

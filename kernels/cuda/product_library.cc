@@ -37,6 +37,8 @@ ProductLibrary::~ProductLibrary() {
   if (handle_ != nullptr) cublasLtDestroy(handle_);
 }
 
+cudaError_t ProductLibrary::Open() { return ToCuda(cublasLtCreate(&handle_)); }
+
 bool ProductLibrary::Takes(const GemmArgs& args, const LaunchContext& context) {
   const int64_t out_bytes = args.f32_out ? 4 : 2;
   return context.weight_dtype == DType::kBf16 &&
@@ -83,15 +85,12 @@ cublasStatus_t ProductLibrary::Choose(const GemmArgs& args, size_t workspace_byt
   if (status != CUBLAS_STATUS_SUCCESS) return status;
   if (found == 0) return CUBLAS_STATUS_NOT_SUPPORTED;
   choice->algorithm = result.algo;
+  choice->found = true;
   return CUBLAS_STATUS_SUCCESS;
 }
 
 // Half of the workspace is the library's, half holds sums.
 cudaError_t ProductLibrary::Multiply(const GemmArgs& args, const LaunchContext& context) {
-  if (handle_ == nullptr) {
-    const cublasStatus_t status = cublasLtCreate(&handle_);
-    if (status != CUBLAS_STATUS_SUCCESS) return ToCuda(status);
-  }
   const size_t workspace_bytes = context.workspace_bytes / 2;
   const Key key{args.rows,       args.out_columns, args.in_columns, args.in.stride,
                 args.out.stride, args.accumulate,  args.f32_out};
@@ -102,6 +101,7 @@ cudaError_t ProductLibrary::Multiply(const GemmArgs& args, const LaunchContext& 
     if (status != CUBLAS_STATUS_SUCCESS) return ToCuda(status);
   }
   const Choice& choice = found->second;
+  if (!choice.found) return cudaErrorNotSupported;
   const float one = 1.0f;
   const float kept = args.accumulate ? 1.0f : 0.0f;
   return ToCuda(cublasLtMatmul(handle_, choice.product, &one, args.weight, choice.weight,

@@ -1,6 +1,7 @@
-// The three ways of a projection. The library's is the fastest for many rows; the skinny one reads
-// weights at the speed of memory for few; the general one takes any shape, alignment and format,
-// and adds in the order of the columns.
+// The three ways of a projection. The library's is the fastest, of few rows too: on an H200 it
+// reads Llama-3.1-8B's weights at 71 to 81 % of the device's bandwidth for 64 to 1 rows. The skinny
+// one adds in an order that no row count changes, so batch-invariant mode has it. The general one
+// takes any shape, alignment and format, and adds in the order of the columns.
 #ifndef KVSWEEP_KERNELS_CUDA_PRODUCTS_H_
 #define KVSWEEP_KERNELS_CUDA_PRODUCTS_H_
 
@@ -43,9 +44,11 @@ class ProductLibrary {
   ProductLibrary(const ProductLibrary&) = delete;
   ProductLibrary& operator=(const ProductLibrary&) = delete;
 
+  // Before the first Launch, outside of a capture.
+  cudaError_t Open();
   // Whether the library takes these arguments: bf16, 16-byte alignment.
   static bool Takes(const GemmArgs& args, const LaunchContext& context);
-  // REQUIRES: Takes.
+  // REQUIRES: Takes. cudaErrorNotSupported, and nothing enqueued, where it has no algorithm.
   cudaError_t Launch(const GemmArgs& args, const LaunchContext& context);
 
  private:
@@ -67,6 +70,7 @@ struct ProductLibrary::Choice {
   cublasLtMatrixLayout_t in = nullptr;
   cublasLtMatrixLayout_t out = nullptr;
   cublasLtMatmulAlgo_t algorithm = {};
+  bool found = false;
 };
 
 }  // namespace kvsweep::cuda
