@@ -33,7 +33,7 @@ constexpr int kMostCandidates = kThreads;
 // What a block keeps in shared memory; the others of its team read it.
 struct Scratch {
   SelectScratch select;
-  uint32_t bin[kBins];
+  alignas(16) uint32_t bin[kBins];      // read by fours
   uint32_t candidate[kMostCandidates];  // keys in the bin that was found
   uint32_t joined[kMostCandidates];     // the same of all blocks
   int32_t candidates;
@@ -251,11 +251,15 @@ __device__ bool FindByRange(Scratch& scratch, const Team& team, const Run& run,
     const uint32_t key = candidate[threadIdx.x];
     int32_t larger = 0;
     int32_t equal = 0;
+    bool is_first = true;  // of the equal ones
     for (int32_t i = 0; i < within; ++i) {
       larger += candidate[i] > key ? 1 : 0;
       equal += candidate[i] == key ? 1 : 0;
+      is_first &= candidate[i] != key || i >= static_cast<int32_t>(threadIdx.x);
     }
-    if (larger < left && larger + equal >= left) scratch.threshold = {key, left - larger};
+    if (is_first && larger < left && larger + equal >= left) {
+      scratch.threshold = {key, left - larger};
+    }
   }
   __syncthreads();
   threshold = scratch.threshold;
@@ -328,7 +332,7 @@ __device__ void WriteSelected(Scratch& scratch, const Team& team, const SelectTo
 template <int kItems>
 __global__ void __launch_bounds__(kThreads)
     SelectTopKernel(const __grid_constant__ SelectTopArgs args) {
-  __shared__ __align__(16) Scratch scratch;
+  __shared__ Scratch scratch;
   ReleaseLaterKernels();
   Team team = ClusterTeam();
   const int64_t pair = blockIdx.x / team.size;
