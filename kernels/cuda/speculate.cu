@@ -1,9 +1,15 @@
-// InfiniGen's speculation in two passes: scores of all stored tokens and the largest of each piece,
-// then margins and how many exceed -alpha. A row is cut into pieces of kPiece tokens, one block
-// each, so that also a single long row fills the device; counts are integers, so adding them needs
-// no order.
+// InfiniGen's speculation in two passes: scores of all stored tokens and the largest of each slice
+// of a row, then margins and how many exceed -alpha. A row is cut into pieces, which few or many
+// blocks (its slices) take in turn, so that also a single long row fills the device; counts are
+// integers, so adding them needs no order.
+//
+// The first pass is a read of all partial keys, and all that matters is that memory is never idle:
+// where a block of the cache is one run of bytes per head, the copy engine brings a piece into
+// shared memory, and the several blocks of a multiprocessor load and compute in turn.
 #include <algorithm>
 
+#include "kernels/cuda/bulk_copy.cuh"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/views.cuh"
 
@@ -15,107 +21,192 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kPiece = 1024;
+constexpr int kMostPiece = 512;              // tokens
+constexpr int kStagedBytes = 40 * 1024;      // of a piece's keys in shared memory
+constexpr size_t kScratchBytes = 24u << 20;  // of scores: the second-level cache keeps them
+constexpr int kBlocksOfMultiprocessor = 16;  // over all: enough to even out, few enough to start
 
-// Between the passes: scores [B, Hq, margin_stride] (with one query a group in the margins' place)
-// and the largest of each piece [B, Hq, pieces].
+// Between the passes, for `rows` rows from first_row on: scores [rows, Hq, margin_stride] (with one
+// query a group in the margins' place) and the largest of each slice [rows, Hq, slices].
 struct Between {
   float* score;
   float* largest;
-  int32_t pieces;
+  int32_t first_row;
+  int32_t rows;
+  int32_t piece;   // tokens
+  int32_t slices;  // of a row: slice s takes pieces s, s + slices, …
 };
 
-// Dot products of one key with kQueries queries [kQueries, d'] in shared memory.
-template <int kQueries, bool kWide>
-__device__ __forceinline__ void Score(float (&sum)[kQueries], const float* query,
-                                      const std::byte* pool, int64_t offset, int32_t d,
-                                      DType dtype) {
+// How keys come: element by element from any format; bf16 in vectors of eight; such ones through
+// shared memory.
+enum class KeyPath { kElements, kVectors, kStaged };
+
+// Of the block.
+struct Slice {
+  int64_t row;      // of the arguments
+  int64_t of_tile;  // of the scratch
+  int32_t head;
+  int32_t index;
+  int32_t stored;
+
+  __device__ Slice(const SpeculateArgs& args, const Between& between) {
+    const auto pair = static_cast<int32_t>(blockIdx.x / between.slices);
+    index = static_cast<int32_t>(blockIdx.x % between.slices);
+    head = pair % args.kv_heads;
+    of_tile = pair / args.kv_heads;
+    row = between.first_row + of_tile;
+    stored =
+        IsActive(args.row_active, row)
+            ? static_cast<int32_t>(min(static_cast<int64_t>(KvLength(args.partial_key, row, head)),
+                                       args.margin_stride))
+            : 0;
+  }
+  __device__ int64_t pair(const SpeculateArgs& args) const { return row * args.kv_heads + head; }
+};
+
+// Dot products of a bf16 key with kQueries queries [kQueries, d'] in shared memory.
+// All kAhead vectors of a batch are under way before the first is used.
+template <int kQueries, int kAhead>
+__device__ __forceinline__ void VectorScore(float (&sum)[kQueries], const float* query,
+                                            const uint4* key, int32_t d) {
+  uint4 vectors[kAhead];
+  const int32_t count = d / 8;
+  for (int32_t base = 0; base < count; base += kAhead) {
 #pragma unroll
-  for (int q = 0; q < kQueries; ++q) sum[q] = 0.0f;
-  if constexpr (kWide) {
-    // bf16, eight elements at a time.
-    const uint4* const key =
-        reinterpret_cast<const uint4*>(reinterpret_cast<const __nv_bfloat16*>(pool) + offset);
-    // All of a key of up to kMostPieces * 8 elements is under way before the first is used.
-    constexpr int kMostPieces = 5;
-    uint4 pieces[kMostPieces];
-    const int32_t count = d / 8;
-    for (int32_t base = 0; base < count; base += kMostPieces) {
+    for (int p = 0; p < kAhead; ++p) {
+      if (base + p < count) vectors[p] = key[base + p];
+    }
 #pragma unroll
-      for (int p = 0; p < kMostPieces; ++p) {
-        if (base + p < count) pieces[p] = __ldcs(key + base + p);
-      }
+    for (int p = 0; p < kAhead; ++p) {
+      const int32_t i = base + p;
+      if (i >= count) continue;
+      const uint32_t word[4] = {vectors[p].x, vectors[p].y, vectors[p].z, vectors[p].w};
 #pragma unroll
-      for (int p = 0; p < kMostPieces; ++p) {
-        const int32_t i = base + p;
-        if (i >= count) continue;
-        const uint4 piece = pieces[p];
-        const uint32_t word[4] = {piece.x, piece.y, piece.z, piece.w};
+      for (int w = 0; w < 4; w += 2) {
+        const float element[4] = {
+            __uint_as_float(word[w] << 16), __uint_as_float(word[w] & 0xffff0000u),
+            __uint_as_float(word[w + 1] << 16), __uint_as_float(word[w + 1] & 0xffff0000u)};
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const float low = __uint_as_float(word[w] << 16);
-          const float high = __uint_as_float(word[w] & 0xffff0000u);
-#pragma unroll
-          for (int q = 0; q < kQueries; ++q) {
-            const float2 pair = *reinterpret_cast<const float2*>(query + q * d + i * 8 + w * 2);
-            sum[q] += low * pair.x + high * pair.y;
-          }
+        for (int q = 0; q < kQueries; ++q) {
+          const float4 four = *reinterpret_cast<const float4*>(query + q * d + i * 8 + w * 2);
+          sum[q] += element[0] * four.x + element[1] * four.y;
+          sum[q] += element[2] * four.z + element[3] * four.w;
         }
       }
-    }
-  } else {
-    for (int32_t i = 0; i < d; ++i) {
-      const float element = LoadElement(pool, dtype, offset + i);
-#pragma unroll
-      for (int q = 0; q < kQueries; ++q) sum[q] += element * query[q * d + i];
     }
   }
 }
 
-template <int kQueries, bool kWide>
+// Keys in shared memory, a piece after the other. On devices without a copy engine nothing uses it.
+class StagedKeys {
+ public:
+  // `barrier` and `keys` [piece, d'] in shared memory. The block's threads meet before the first
+  // Bring.
+  __device__ StagedKeys(uint64_t* barrier, std::byte* keys)
+      : barrier_(Address(barrier)), keys_(Address(keys)) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (threadIdx.x != 0) return;
+    InitialiseBarrier(barrier_, 1);
+    PublishBarriers();
+#endif
+  }
+
+  // Tokens [begin, end) of the slice's row and head, run by run; returns when they are there.
+  __device__ __forceinline__ void Bring(const KvView& view, const Slice& slice, int32_t begin,
+                                        int32_t end, int32_t piece, int32_t d) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const int32_t token_bytes = d * static_cast<int32_t>(sizeof(__nv_bfloat16));
+    if (threadIdx.x == 0) {
+      ArriveExpecting(barrier_, static_cast<uint32_t>((end - begin) * token_bytes));
+    }
+    const uint64_t policy = ReadOncePolicy();
+    const int32_t run = min(piece, view.block_size);
+    for (int32_t first = begin + threadIdx.x * run; first < end; first += kThreads * run) {
+      const int64_t offset = KvOffset(view, slice.row, first, slice.head);
+      CopyBulk(keys_ + (first - begin) * token_bytes, ElementAt(view.key, DType::kBf16, offset),
+               static_cast<uint32_t>(min(run, end - first) * token_bytes), barrier_, policy);
+    }
+    WaitPhase(barrier_, phase_);
+    phase_ ^= 1;
+#endif
+  }
+
+ private:
+  static __device__ uint32_t Address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  }
+  uint32_t barrier_;
+  uint32_t keys_;
+  uint32_t phase_ = 0;
+};
+
+template <int kQueries, KeyPath kPath>
 __global__ void __launch_bounds__(kThreads)
     ScoreKernel(const __grid_constant__ SpeculateArgs args, const __grid_constant__ Between between,
                 DType dtype) {
-  extern __shared__ float query[];  // [kQueries, d']
+  // [piece, d'] of keys where they are staged, then [kQueries, d'] of queries.
+  extern __shared__ __align__(128) std::byte shared[];
   __shared__ float warp_largest[kWarps][kQueries];
-  const int32_t group = args.query_heads / args.kv_heads;
-  const int32_t piece = blockIdx.x % between.pieces;
-  const int32_t pair = blockIdx.x / between.pieces;
-  const int32_t head = pair % args.kv_heads;
-  const int64_t row = pair / args.kv_heads;
-  if (piece == 0 && threadIdx.x == 0) args.count[pair] = 0;
-  const int32_t stored =
-      IsActive(args.row_active, row)
-          ? static_cast<int32_t>(min(static_cast<int64_t>(KvLength(args.partial_key, row, head)),
-                                     args.margin_stride))
-          : 0;
-  const int32_t begin = piece * kPiece;
-  const int32_t end = min(stored, begin + kPiece);
-  if (begin >= end) return;
+  __shared__ uint64_t barrier;
   const int32_t d = args.partial_dim;
+  const KvView& keys = args.partial_key;
+  float* const query = reinterpret_cast<float*>(
+      shared + (kPath == KeyPath::kStaged ? between.piece * d * sizeof(__nv_bfloat16) : 0));
+  ReleaseLaterKernels();
+  const Slice slice(args, between);
+  const int32_t group = args.query_heads / args.kv_heads;
+  StagedKeys staged(&barrier, shared);
+  WaitForEarlierKernels();
+  if (slice.index == 0 && threadIdx.x == 0) args.count[slice.pair(args)] = 0;
+  if (slice.index * between.piece >= slice.stored) return;
+
   // More queries than kQueries pass one handful after the other.
   for (int32_t first = 0; first < group; first += kQueries) {
     const int32_t queries = min(kQueries, group - first);
     __syncthreads();
     for (int32_t i = threadIdx.x; i < kQueries * d; i += kThreads) {
-      const int64_t column = (int64_t{head} * group + first) * d + i;
+      const int64_t column = (int64_t{slice.head} * group + first) * d + i;
       query[i] = i < queries * d
-                     ? LoadElement(args.query.data, dtype, row * args.query.stride + column)
+                     ? LoadElement(args.query.data, dtype, slice.row * args.query.stride + column)
                      : 0.0f;
     }
-    __syncthreads();
+    const int64_t line = slice.of_tile * args.query_heads + int64_t{slice.head} * group + first;
+    float* const out = between.score + line * args.margin_stride;
     float largest[kQueries];
-    for (int q = 0; q < kQueries; ++q) largest[q] = -INFINITY;
-    float* const out = between.score + (row * args.query_heads + int64_t{head} * group + first) *
-                                           args.margin_stride;
-    for (int32_t t = begin + threadIdx.x; t < end; t += kThreads) {
-      float score[kQueries];
-      Score<kQueries, kWide>(score, query, args.partial_key.key,
-                             KvOffset(args.partial_key, row, t, head), d, args.partial_key.dtype);
 #pragma unroll
-      for (int q = 0; q < kQueries; ++q) {
-        if (q < queries) out[q * args.margin_stride + t] = score[q];
-        largest[q] = fmaxf(largest[q], score[q]);
+    for (int q = 0; q < kQueries; ++q) largest[q] = -INFINITY;
+    for (int32_t begin = slice.index * between.piece; begin < slice.stored;
+         begin += between.slices * between.piece) {
+      const int32_t end = min(slice.stored, begin + between.piece);
+      __syncthreads();  // queries are there, and the piece before is done with
+      if constexpr (kPath == KeyPath::kStaged) {
+        staged.Bring(keys, slice, begin, end, between.piece, d);
+      }
+      for (int32_t t = begin + threadIdx.x; t < end; t += kThreads) {
+        float score[kQueries] = {};
+        if constexpr (kPath == KeyPath::kStaged) {
+          VectorScore<kQueries, 1>(
+              score, query,
+              reinterpret_cast<const uint4*>(shared + (t - begin) * d * sizeof(__nv_bfloat16)), d);
+        } else {
+          const int64_t offset = KvOffset(keys, slice.row, t, slice.head);
+          if constexpr (kPath == KeyPath::kVectors) {
+            VectorScore<kQueries, 5>(
+                score, query,
+                reinterpret_cast<const uint4*>(ElementAt(keys.key, DType::kBf16, offset)), d);
+          } else {
+            for (int32_t i = 0; i < d; ++i) {
+              const float element = LoadElement(keys.key, keys.dtype, offset + i);
+#pragma unroll
+              for (int q = 0; q < kQueries; ++q) score[q] += element * query[q * d + i];
+            }
+          }
+        }
+#pragma unroll
+        for (int q = 0; q < kQueries; ++q) {
+          if (q < queries) out[q * args.margin_stride + t] = score[q];
+          largest[q] = fmaxf(largest[q], score[q]);
+        }
       }
     }
 #pragma unroll
@@ -127,8 +218,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x < queries) {
       float all = -INFINITY;
       for (int w = 0; w < kWarps; ++w) all = fmaxf(all, warp_largest[w][threadIdx.x]);
-      const int64_t index = row * args.query_heads + int64_t{head} * group + first + threadIdx.x;
-      between.largest[index * between.pieces + piece] = all;
+      between.largest[(line + threadIdx.x) * between.slices + slice.index] = all;
     }
   }
 }
@@ -137,99 +227,132 @@ __global__ void __launch_bounds__(kThreads) MarginKernel(const __grid_constant__
                                                          const __grid_constant__ Between between) {
   extern __shared__ float largest[];  // [g]
   __shared__ int32_t warp_count[kWarps];
+  ReleaseLaterKernels();
+  const Slice slice(args, between);
   const int32_t group = args.query_heads / args.kv_heads;
-  const int32_t piece = blockIdx.x % between.pieces;
-  const int32_t pair = blockIdx.x / between.pieces;
-  const int32_t head = pair % args.kv_heads;
-  const int64_t row = pair / args.kv_heads;
-  const int32_t stored =
-      IsActive(args.row_active, row)
-          ? static_cast<int32_t>(min(static_cast<int64_t>(KvLength(args.partial_key, row, head)),
-                                     args.margin_stride))
-          : 0;
-  const int32_t begin = piece * kPiece;
-  const int32_t end = min(stored, begin + kPiece);
-  if (begin >= end) return;
-  const int64_t first = row * args.query_heads + int64_t{head} * group;
-  const int32_t used = (stored + kPiece - 1) / kPiece;
+  WaitForEarlierKernels();
+  if (slice.index * between.piece >= slice.stored) return;
+  const int64_t first = slice.of_tile * args.query_heads + int64_t{slice.head} * group;
+  const int32_t used = min(between.slices, (slice.stored + between.piece - 1) / between.piece);
   for (int32_t q = threadIdx.x / 32; q < group; q += kWarps) {
     float all = -INFINITY;
-    for (int32_t p = threadIdx.x % 32; p < used; p += 32) {
-      all = fmaxf(all, between.largest[(first + q) * between.pieces + p]);
+    for (int32_t s = threadIdx.x % 32; s < used; s += 32) {
+      all = fmaxf(all, between.largest[(first + q) * between.slices + s]);
     }
     all = WarpMax(all);
     if (threadIdx.x % 32 == 0) largest[q] = all;
   }
   __syncthreads();
-  float* const margin = args.margin + int64_t{pair} * args.margin_stride;
+  float* const margin = args.margin + slice.pair(args) * args.margin_stride;
   int32_t count = 0;
-  for (int32_t t = begin + threadIdx.x; t < end; t += kThreads) {
-    float best = -INFINITY;
-    for (int32_t q = 0; q < group; ++q) {
-      best = fmaxf(best, between.score[(first + q) * args.margin_stride + t] - largest[q]);
+  for (int32_t begin = slice.index * between.piece; begin < slice.stored;
+       begin += between.slices * between.piece) {
+    const int32_t end = min(slice.stored, begin + between.piece);
+    for (int32_t t = begin + threadIdx.x; t < end; t += kThreads) {
+      float best = -INFINITY;
+      for (int32_t q = 0; q < group; ++q) {
+        best = fmaxf(best, between.score[(first + q) * args.margin_stride + t] - largest[q]);
+      }
+      margin[t] = best;
+      count += best > -args.alpha ? 1 : 0;
     }
-    margin[t] = best;
-    count += best > -args.alpha ? 1 : 0;
   }
-  for (int offset = 16; offset > 0; offset /= 2) count += __shfl_xor_sync(~0u, count, offset);
+  count = __reduce_add_sync(~0u, count);
   if (threadIdx.x % 32 == 0) warp_count[threadIdx.x / 32] = count;
   __syncthreads();
   if (threadIdx.x == 0) {
     int32_t total = 0;
     for (int w = 0; w < kWarps; ++w) total += warp_count[w];
-    atomicAdd(&args.count[pair], total);
+    atomicAdd(&args.count[slice.pair(args)], total);
   }
 }
 
 // ----------------------------------------------------------------------------------------
 // launchers
 
+unsigned Blocks(const SpeculateArgs& args, const Between& between) {
+  return static_cast<unsigned>(between.rows * args.kv_heads * between.slices);
+}
+
 template <int kQueries>
-cudaError_t LaunchScores(const SpeculateArgs& args, const Between& between, bool wide,
+cudaError_t LaunchScores(const SpeculateArgs& args, const Between& between, KeyPath path,
                          const LaunchContext& context) {
-  const int blocks = args.rows * args.kv_heads * between.pieces;
+  const auto kernel = path == KeyPath::kStaged    ? ScoreKernel<kQueries, KeyPath::kStaged>
+                      : path == KeyPath::kVectors ? ScoreKernel<kQueries, KeyPath::kVectors>
+                                                  : ScoreKernel<kQueries, KeyPath::kElements>;
+  const size_t staged =
+      path == KeyPath::kStaged ? between.piece * args.partial_dim * sizeof(__nv_bfloat16) : 0;
   // Whole vectors: the compiler reads the remainder of a row by one.
-  const size_t bytes = (kQueries * args.partial_dim * sizeof(float) + 15) / 16 * 16;
-  if (wide) {
-    ScoreKernel<kQueries, true>
-        <<<blocks, kThreads, bytes, context.stream>>>(args, between, context.activation_dtype);
-  } else {
-    ScoreKernel<kQueries, false>
-        <<<blocks, kThreads, bytes, context.stream>>>(args, between, context.activation_dtype);
+  const size_t queries = (kQueries * args.partial_dim * sizeof(float) + 15) / 16 * 16;
+  return LaunchDependent(context, kernel, Blocks(args, between), kThreads, staged + queries, args,
+                         between, context.activation_dtype);
+}
+
+cudaError_t LaunchTile(const SpeculateArgs& args, const Between& between, KeyPath path,
+                       const LaunchContext& context) {
+  const int32_t group = args.query_heads / args.kv_heads;
+  const cudaError_t error = group == 1   ? LaunchScores<1>(args, between, path, context)
+                            : group == 2 ? LaunchScores<2>(args, between, path, context)
+                            : group <= 4 ? LaunchScores<4>(args, between, path, context)
+                                         : LaunchScores<8>(args, between, path, context);
+  if (error != cudaSuccess) return error;
+  // Whole 16 bytes: the compiler may load four at a time, ahead of knowing that they are wanted.
+  const size_t bytes = (group + 3) / 4 * 4 * sizeof(float);
+  return LaunchDependent(AfterKernel(context), MarginKernel, Blocks(args, between), kThreads, bytes,
+                         args, between);
+}
+
+KeyPath PathOf(const SpeculateArgs& args, int32_t piece, const LaunchContext& context) {
+  const KvView& view = args.partial_key;
+  if (view.dtype != DType::kBf16 || args.partial_dim % 8 != 0 || !IsAligned(view)) {
+    return KeyPath::kElements;
   }
-  return cudaGetLastError();
+  const bool runs = view.token_stride == args.partial_dim &&
+                    (piece % view.block_size == 0 || view.block_size % piece == 0);
+  const bool fits = piece * args.partial_dim * 2 <= kStagedBytes;
+  return runs && fits && context.architecture >= 90 ? KeyPath::kStaged : KeyPath::kVectors;
 }
 
 }  // namespace
 
+// Rows are taken as many at a time as leave their scores in the scratch.
 cudaError_t Launch(const SpeculateArgs& args, const LaunchContext& context) {
-  const int32_t group = args.query_heads / args.kv_heads;
-  const int64_t heads = int64_t{args.rows} * args.query_heads;
-  const int64_t longest = std::min<int64_t>(args.margin_stride, args.partial_key.max_tokens);
+  const bool in_place = args.query_heads == args.kv_heads;
+  const int64_t longest =
+      std::max<int64_t>(1, std::min<int64_t>(args.margin_stride, args.partial_key.max_tokens));
   Between between;
-  between.pieces = static_cast<int32_t>(std::max<int64_t>(1, (longest + kPiece - 1) / kPiece));
-  between.largest = reinterpret_cast<float*>(context.workspace);
-  between.score = group == 1 ? args.margin : between.largest + heads * between.pieces;
-  const int64_t floats = heads * between.pieces + (group == 1 ? 0 : heads * args.margin_stride);
-  if (floats * sizeof(float) > context.workspace_bytes) return cudaErrorMemoryAllocation;
-  const bool wide = args.partial_key.dtype == DType::kBf16 && args.partial_dim % 8 == 0 &&
-                    IsAligned(args.partial_key);
-  cudaError_t status;
-  if (group == 1) {
-    status = LaunchScores<1>(args, between, wide, context);
-  } else if (group == 2) {
-    status = LaunchScores<2>(args, between, wide, context);
-  } else if (group <= 4) {
-    status = LaunchScores<4>(args, between, wide, context);
-  } else {
-    status = LaunchScores<8>(args, between, wide, context);
+  between.piece = kMostPiece;
+  while (between.piece > 64 && between.piece * args.partial_dim * 2 > kStagedBytes) {
+    between.piece /= 2;
   }
-  if (status != cudaSuccess) return status;
-  const int blocks = args.rows * args.kv_heads * between.pieces;
-  // Whole 16 bytes: the compiler may load four at a time, ahead of knowing that they are wanted.
-  const size_t bytes = (group + 3) / 4 * 4 * sizeof(float);
-  MarginKernel<<<blocks, kThreads, bytes, context.stream>>>(args, between);
-  return cudaGetLastError();
+  const KeyPath path = PathOf(args, between.piece, context);
+  const int64_t pieces = (longest + between.piece - 1) / between.piece;
+  const auto slices_for = [&](int64_t rows) {
+    const int64_t even = kBlocksOfMultiprocessor * int64_t{context.multiprocessors};
+    return std::clamp<int64_t>(even / (rows * args.kv_heads), 1, pieces);
+  };
+  const auto floats_for = [&](int64_t rows) {
+    return rows * args.query_heads * (slices_for(rows) + (in_place ? 0 : args.margin_stride));
+  };
+  const size_t room = std::min(context.workspace_bytes, kScratchBytes) / sizeof(float);
+  int64_t rows = args.rows;
+  while (rows > 1 && static_cast<size_t>(floats_for(rows)) > room) rows = (rows + 1) / 2;
+  if (floats_for(rows) * sizeof(float) > context.workspace_bytes) {
+    return cudaErrorMemoryAllocation;
+  }
+  LaunchContext next = context;
+  for (int64_t first = 0; first < args.rows; first += rows) {
+    between.first_row = static_cast<int32_t>(first);
+    between.rows = static_cast<int32_t>(std::min(rows, args.rows - first));
+    between.slices = static_cast<int32_t>(slices_for(between.rows));
+    between.largest = reinterpret_cast<float*>(context.workspace);
+    between.score = in_place ? args.margin + first * args.kv_heads * args.margin_stride
+                             : between.largest + between.rows * args.query_heads * between.slices;
+    const cudaError_t error = LaunchTile(args, between, path, next);
+    if (error != cudaSuccess) return error;
+    next = AfterKernel(context);
+  }
+  return cudaSuccess;
 }
 
 }  // namespace kvsweep::cuda
