@@ -201,6 +201,12 @@ absl::Status ServeWorker(int fd, WarmDevice* device, Node* node) {
                       .cancel = inbox.cancel(),
                       .node = node,
                       .slot_device_class = info.device_class});
+    // The trial has its outcome, and the worker starts another process. Nothing here can be taken
+    // down in order: the inbox waits for the worker, and memory cannot be freed.
+    if (const absl::Status lost = device->CheckDevice(); !lost.ok()) {
+      LogError(lost.message());
+      std::_Exit(1);
+    }
   }
   return absl::OkStatus();
 }

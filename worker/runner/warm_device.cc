@@ -29,7 +29,16 @@ absl::StatusOr<Backend*> WarmDevice::UseBackend(const BackendOptions& options) {
   backend_.reset();
   ASSIGN_OR_RETURN(backend_, factory_(options));
   options_ = options;
+  alive_ = backend_->CreateEvent();
   return backend_.get();
+}
+
+absl::Status WarmDevice::CheckDevice() {
+  if (backend_ == nullptr) return absl::OkStatus();
+  // What earlier work left behind has been told by whoever waited for it.
+  backend_->WaitAll().IgnoreError();
+  backend_->RecordEvent(alive_, Stream::kCompute);
+  return Annotate(backend_->Wait(alive_), "the device is lost to this process");
 }
 
 void WarmDevice::DropModel() {

@@ -47,6 +47,10 @@ class WarmDevice {
 
   absl::StatusOr<Backend*> UseBackend(const BackendOptions& options);
 
+  // Whether the device still works: an error of a kernel leaves a CUDA process without one for
+  // good. The error says so. Waits for all work.
+  absl::Status CheckDevice();
+
   // The model of `folder`, whose digest must be `reference`'s (checked when it is loaded).
   // FailedPrecondition when it is another one, else the errors of LoadedModel::Load.
   // REQUIRES: a backend is in use.
@@ -69,6 +73,7 @@ class WarmDevice {
   int threads_;
   std::unique_ptr<Backend> backend_;
   std::optional<BackendOptions> options_;
+  Event alive_;                         // recorded and awaited by CheckDevice
   std::unique_ptr<LoadedModel> model_;  // after the backend: goes before it
   std::string model_key_;               // empty: none
   std::string folder_;                  // of the model in use; empty: random weights
