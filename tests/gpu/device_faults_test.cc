@@ -33,7 +33,9 @@ class DeviceFaultsTest : public testing::Test {
     Shell(absl::StrCat("run ", spec, " --store ", store(), " --cache ", folder_.Join("cache"),
                        " --runner ", self));
     unsetenv("KVSWEEP_DEVICE_FAULT");
-    if (fault != "none") EXPECT_NE(access(mark.c_str(), F_OK), 0) << "the fault did not happen";
+    if (fault != "none") {
+      EXPECT_NE(access(mark.c_str(), F_OK), 0) << "the fault did not happen";
+    }
   }
 
   // The rows of an answer, without its title.
