@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/column_sum.cuh"
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/launch.h"
 
 namespace kvsweep::cuda {
@@ -227,6 +228,7 @@ bool IsFast(const ColumnSumArgs& args, DType dtype) {
 cudaError_t Launch(const ColumnSumArgs& args, const LaunchContext& context) {
   const int64_t columns = LastColumn(args) - args.keys.first_token;
   if (columns <= 0) return cudaSuccess;
+  if (IsForHopper(args, context)) return LaunchOnHopper(args, context);
   if (IsFast(args, context.activation_dtype)) {
     if (args.head_dim == 64) {
       return LaunchFast<__nv_bfloat16, 64>(args, context.stream);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/launch.h"
 
 namespace kvsweep::cuda {
@@ -289,6 +290,7 @@ bool IsFast(const PrefillAttentionArgs& args, DType dtype) {
 }  // namespace
 
 cudaError_t Launch(const PrefillAttentionArgs& args, const LaunchContext& context) {
+  if (IsForHopper(args, context)) return LaunchOnHopper(args, context);
   const AttentionResult result{.out = args.out,
                                .dtype = context.activation_dtype,
                                .partial = args.partial,

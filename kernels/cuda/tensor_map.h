@@ -1,0 +1,103 @@
+// Descriptions of tensors of bf16 for Hopper's copy engine (wgmma.cuh: CopyBox). Host code.
+#ifndef KVSWEEP_KERNELS_CUDA_TENSOR_MAP_H_
+#define KVSWEEP_KERNELS_CUDA_TENSOR_MAP_H_
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/arguments.h"
+#include "kernels/shapes.h"
+
+namespace kvsweep::cuda {
+
+// [blocks, heads, rows, columns]; strides in elements, multiples of 8. A box is `box_rows` rows of
+// 64 columns of one head, as a panel of wgmma.cuh.
+struct TensorShape {
+  const void* data = nullptr;  // at a multiple of 16 bytes
+  int64_t columns = 0;
+  int64_t rows = 0;
+  int64_t row_stride = 0;
+  int64_t heads = 1;
+  int64_t head_stride = 0;
+  int64_t blocks = 1;
+  int64_t block_stride = 0;
+  uint32_t box_rows = 0;
+};
+
+inline cudaError_t MakeTensorMap(const TensorShape& shape, CUtensorMap& map) {
+  static const auto encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
+                                     &found);
+    return found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)
+               : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const auto bytes = [](int64_t elements) {
+    return static_cast<cuuint64_t>(std::max<int64_t>(elements, 8) * 2);
+  };
+  const cuuint64_t sizes[] = {
+      static_cast<cuuint64_t>(shape.columns), static_cast<cuuint64_t>(shape.rows),
+      static_cast<cuuint64_t>(shape.heads), static_cast<cuuint64_t>(shape.blocks)};
+  const cuuint64_t strides[] = {bytes(shape.row_stride), bytes(shape.head_stride),
+                                bytes(shape.block_stride)};
+  const cuuint32_t box[] = {64, shape.box_rows, 1, 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  const CUresult made =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(shape.data), sizes,
+             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Rows of activations: head h of row r at (0, r, h, 0).
+inline TensorShape ShapeOf(const Activations& activations, int64_t rows, int64_t heads,
+                           int64_t head_dim, uint32_t box_rows) {
+  return {.data = activations.data,
+          .columns = head_dim,
+          .rows = rows,
+          .row_stride = activations.stride,
+          .heads = heads,
+          .head_stride = head_dim,
+          .box_rows = box_rows};
+}
+
+// Keys or values of a view, from `data`: slot s of head h at (0, s % block_size, h, the block).
+inline TensorShape ShapeOf(const KvView& view, const std::byte* data, int64_t heads,
+                           int64_t head_dim, uint32_t box_rows) {
+  return {.data = data,
+          .columns = head_dim,
+          .rows = view.block_size,
+          .row_stride = view.token_stride,
+          .heads = heads,
+          .head_stride = view.head_stride,
+          .blocks = INT32_MAX,
+          .block_stride = view.block_stride,
+          .box_rows = box_rows};
+}
+
+// Whether boxes of `box_rows` slots, from slot 0 on, never leave a block before its end.
+inline bool HoldsBoxes(const KvView& view, int32_t box_rows) {
+  return view.block_table == nullptr || view.block_size % box_rows == 0;
+}
+
+// Whether a kernel of wgmma.cuh can run on the current device: elsewhere its body is empty and
+// needs next to no registers.
+template <typename Kernel>
+bool IsBuilt(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return attributes.numRegs > 64;
+}
+
+}  // namespace kvsweep::cuda
+
+#endif  // KVSWEEP_KERNELS_CUDA_TENSOR_MAP_H_
