@@ -40,12 +40,14 @@ absl::StatusOr<std::byte*> DeviceMemory::Allocate(Tier tier, uint64_t bytes) {
       (std::max<uint64_t>(bytes, 1) + kGranularity - 1) / kGranularity * kGranularity;
   Block block{.bytes = bytes, .size = size, .tier = tier};
   void* memory = nullptr;
+  cudaError_t error = cudaSuccess;
   if (bytes <= available) {
     memory = TakeKept(tier, size, &block);
     if (memory == nullptr && AllocateNew(tier, size, &memory) != cudaSuccess) {
       cudaGetLastError();  // it has been dealt with
       Release(tier);
-      if (AllocateNew(tier, size, &memory) != cudaSuccess) {
+      error = AllocateNew(tier, size, &memory);
+      if (error != cudaSuccess) {
         cudaGetLastError();
         memory = nullptr;
         size_t free_bytes = 0;
@@ -55,6 +57,11 @@ absl::StatusOr<std::byte*> DeviceMemory::Allocate(Tier tier, uint64_t bytes) {
         }
       }
     }
+  }
+  if (error != cudaSuccess && error != cudaErrorMemoryAllocation) {
+    // An earlier kernel's fault, which every call tells from then on.
+    return absl::InternalError(
+        absl::StrCat("allocating ", bytes, " bytes: ", cudaGetErrorString(error)));
   }
   if (memory == nullptr) {
     return absl::ResourceExhaustedError(
