@@ -302,7 +302,7 @@ absl::StatusOr<std::string> MarkdownTable(absl::string_view json_text) {
   const std::string about = file.value("peers", Json::object()).value("about", "");
   if (!about.empty()) absl::StrAppend(&text, "Peers: ", about, ".\n\n");
   absl::StrAppend(&text,
-                  "| what | measured | floor | ratio | target | | peers in the same run |\n"
+                  "| what | measured | floor | ratio | target | | peers |\n"
                   "| --- | --- | --- | --- | --- | --- | --- |\n");
   std::string notes;
   int missed = 0;
