@@ -139,6 +139,23 @@ TEST_F(MemoryModelTest, ClosedFormulas) {
   EXPECT_EQ(h2o.Follow(shape).at_end.host, 0u);
 }
 
+// A reservation for the length that a request will have holds that length and no more, however much
+// longer its limit is.
+TEST_F(MemoryModelTest, ARequestOfKnownLengthEndsThere) {
+  const ModelConfig& config = model_->config();
+  const StrategySizes sizes = SizesOf(config, DType::kF16);
+  const auto kappa = static_cast<uint64_t>(config.KvBytesPerToken(DType::kF16));
+  const RequestShape shape{.prompt_tokens = 200, .max_tokens = 120, .oracle_tokens = 240};
+  Arm reserved = PagedArm(16);
+  for (const auto reservation :
+       {Paged::RESERVATION_PAGED, Paged::RESERVATION_POW2, Paged::RESERVATION_ORACLE}) {
+    reserved.mutable_paged()->set_reservation(reservation);
+    MemoryModel memory = *MemoryModel::Create(reserved, sizes, 128);
+    const uint64_t tokens = reservation == Paged::RESERVATION_POW2 ? 272 : 240;
+    EXPECT_EQ(memory.Follow(shape).at_end.device, tokens * kappa) << reservation;
+  }
+}
+
 // Savings that H2O's published logs show, by the manager's own bytes: slabs are whole pages, and
 // scores and positions cost 8 bytes a head, so they are up to 1.5 % below keys and values alone.
 TEST(PublishedMemoryTest, H2oSavesWhatItsLogsShow) {
