@@ -86,8 +86,8 @@ bool MemoryModel::Hold(RequestId request, const RequestShape& shape, RequestMemo
   }
   manager_->EndPrompt(request);
   memory->after_prompt = manager_->RequestBytes(request);
-  // A request whose length is known ends there; a reservation for that length holds no more. The last
-  // token is produced, never stored.
+  // A request whose length is known ends there; a reservation for that length holds no more. The
+  // last token is produced, never stored.
   const int32_t end = shape.oracle_tokens > 0 ? shape.oracle_tokens : shape.limit();
   for (; tokens < end - 1; ++tokens) {
     if (!grow(tokens + 1)) return false;
