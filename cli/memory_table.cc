@@ -82,7 +82,7 @@ class MemoryPlanner {
                   .head_dim = config_.head_dim,
                   .max_positions = config_.max_positions,
                   .rotary = config_.positions == PositionKind::kRotary},
-        .kv_dtype = KvDtype(trial.kv(), config_.dtype),
+        .kv_dtype = KvDtype(trial.kv(), config_.dtype, computed),
         .activation_dtype = computed,
         .weight_dtype = computed,
         .device_bytes = trial.kv().device_bytes(),

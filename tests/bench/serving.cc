@@ -24,6 +24,8 @@ constexpr int64_t kUncounted = 4;
 // An arm without pages on the device is refused less than one of a byte.
 constexpr uint64_t kPageOfNothing = 4096;
 constexpr uint64_t kAmpleBytes = uint64_t{1} << 42;
+// What a device has beside, so that the tiles of the host's tier are as long as in a real budget.
+constexpr uint64_t kDeviceSlackBytes = uint64_t{1} << 30;
 
 std::vector<int32_t> RandomIds(int64_t count, uint64_t vocabulary, uint64_t seed) {
   Random random(seed);
@@ -31,8 +33,6 @@ std::vector<int32_t> RandomIds(int64_t count, uint64_t vocabulary, uint64_t seed
   for (int32_t& id : ids) id = static_cast<int32_t>(random.Uniform(vocabulary));
   return ids;
 }
-
-DType KvTypeOf(const LoadedModel& model) { return KvDtype(Kv(), model.config().dtype); }
 
 // What the requests take side by side, so that memory decides nothing.
 absl::StatusOr<TierBytes> BytesFor(const Backend& backend, const LoadedModel& model,
@@ -56,7 +56,7 @@ absl::StatusOr<TierBytes> BytesFor(const Backend& backend, const LoadedModel& mo
   TierBytes bytes = manager->FixedBytes();
   bytes.device += peak.device * static_cast<uint64_t>(load.rows);
   bytes.host += peak.host * static_cast<uint64_t>(load.rows);
-  bytes.device += kPageOfNothing;
+  bytes.device += backend.info().beside_host ? kDeviceSlackBytes : kPageOfNothing;
   return bytes;
 }
 
@@ -87,10 +87,11 @@ absl::StatusOr<std::unique_ptr<LoadServer>> LoadServer::Create(Backend* backend,
 }
 
 absl::Status LoadServer::MakeEngine() {
-  EngineOptions options{.max_sequences = static_cast<int32_t>(load_.rows),
-                        .max_batched_tokens = static_cast<int32_t>(load_.max_batched_tokens),
-                        .max_context = static_cast<int32_t>(load_.input + load_.output),
-                        .kv_dtype = KvTypeOf(model_)};
+  EngineOptions options{
+      .max_sequences = static_cast<int32_t>(load_.rows),
+      .max_batched_tokens = static_cast<int32_t>(load_.max_batched_tokens),
+      .max_context = static_cast<int32_t>(load_.input + load_.output),
+      .kv_dtype = KvDtype(Kv(), model_.config().dtype, backend_->info().activation_dtype)};
   ASSIGN_OR_RETURN(const TierBytes bytes, BytesFor(*backend_, model_, load_, options));
   options.device_bytes = bytes.device;
   options.host_bytes = bytes.host;

@@ -212,7 +212,7 @@ absl::StatusOr<GenerateReply> Generate(const GenerateRequest& request, WarmDevic
         .max_context = course.total(),
         .graphs = request.engine().graphs(),
         .logits = LogitsMode::kLast,
-        .kv_dtype = KvDtype(request.kv(), config.dtype),
+        .kv_dtype = KvDtype(request.kv(), config.dtype, backend->info().activation_dtype),
         .device_bytes = kv.has_device_bytes() ? kv.device_bytes() : ample,
         .host_bytes = kv.has_device_bytes() ? kv.host_bytes() : ample};
     absl::StatusOr<std::unique_ptr<InferenceEngine>> engine =

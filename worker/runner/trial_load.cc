@@ -59,7 +59,7 @@ absl::Status Trial::Load() {
     ASSIGN_OR_RETURN(model_,
                      context_.device->UseFolder(request_.model_path(), spec.model_reference()));
   }
-  kv_dtype_ = KvDtype(spec.kv(), model_->config().dtype);
+  kv_dtype_ = KvDtype(spec.kv(), model_->config().dtype, backend_->info().activation_dtype);
   RETURN_IF_ERROR(is_quality() ? LoadQualityTask() : LoadWorkload());
   RETURN_IF_ERROR(LoadCalibration());
   return CheckPreparation();

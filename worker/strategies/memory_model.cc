@@ -23,7 +23,7 @@ int32_t PaddedDecodeRows(int32_t rows) {
   return (rows + 7) / 8 * 8;
 }
 
-DType KvDtype(const Kv& kv, DType model_dtype) {
+DType KvDtype(const Kv& kv, DType model_dtype, DType activation_dtype) {
   switch (kv.dtype()) {
     case Kv::DTYPE_F32:
       return DType::kF32;
@@ -34,7 +34,8 @@ DType KvDtype(const Kv& kv, DType model_dtype) {
     case Kv::DTYPE_FP8_E4M3:
       return DType::kFp8E4m3;
     default:
-      return model_dtype;
+      return DTypeBytes(model_dtype) == DTypeBytes(activation_dtype) ? activation_dtype
+                                                                     : model_dtype;
   }
 }
 

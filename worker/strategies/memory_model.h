@@ -14,12 +14,14 @@
 
 namespace kvsweep {
 
-// Rows that a batch of so many decode rows is padded to, so that captured steps can be replayed: 1, 2,
-// 4, 8, then steps of 8.
+// Rows that a batch of so many decode rows is padded to, so that captured steps can be replayed: 1,
+// 2, 4, 8, then steps of 8.
 int32_t PaddedDecodeRows(int32_t rows);
 
-// What keys and values are stored as, for a model whose own format is `model_dtype`.
-DType KvDtype(const Kv& kv, DType model_dtype);
+// What keys and values are stored as, for a model whose own format is `model_dtype`. A backend that
+// computes in another format of the same width stores that: conversion would gain nothing (a model
+// published in f16 whose keys are computed in bf16), and only such a cache takes the fast kernels.
+DType KvDtype(const Kv& kv, DType model_dtype, DType activation_dtype);
 
 // Bytes of one request along its life, fixed bytes not included.
 struct RequestMemory {

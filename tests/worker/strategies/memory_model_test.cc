@@ -158,6 +158,15 @@ TEST_F(MemoryModelTest, ARequestOfKnownLengthEndsThere) {
 
 // Savings that H2O's published logs show, by the manager's own bytes: slabs are whole pages, and
 // scores and positions cost 8 bytes a head, so they are up to 1.5 % below keys and values alone.
+TEST(KvDtypeTest, TheModelsOwnButInTheFormatThatIsComputedWhereThatIsAsWide) {
+  Kv kv;
+  EXPECT_EQ(KvDtype(kv, DType::kF16, DType::kF32), DType::kF16);
+  EXPECT_EQ(KvDtype(kv, DType::kF16, DType::kBf16), DType::kBf16);
+  EXPECT_EQ(KvDtype(kv, DType::kF32, DType::kBf16), DType::kF32);
+  kv.set_dtype(Kv::DTYPE_F16);
+  EXPECT_EQ(KvDtype(kv, DType::kBf16, DType::kBf16), DType::kF16);
+}
+
 TEST(PublishedMemoryTest, H2oSavesWhatItsLogsShow) {
   struct Check {
     const char* shape;
