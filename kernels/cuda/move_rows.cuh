@@ -1,6 +1,6 @@
-// Rows of keys and values from one view to another, for the operations that only move: a warp
-// starts kRowsInFlight rows before it writes the first, so that few blocks fill the host link and
-// leave the multiprocessors to the kernels beside them.
+// Rows of keys and values from one view to another, for the operations that only move. Few blocks
+// must fill the host link and leave the multiprocessors to the kernels beside them, so a warp has
+// kRowsInFlight rows under way at any time, and finds where the next ones lie while it waits.
 #ifndef KVSWEEP_KERNELS_CUDA_MOVE_ROWS_CUH_
 #define KVSWEEP_KERNELS_CUDA_MOVE_ROWS_CUH_
 
@@ -12,8 +12,12 @@
 
 namespace kvsweep::cuda {
 
-inline constexpr int kMoveThreads = 128;
+inline constexpr int kMoveThreads = 256;
+inline constexpr int kMoveWarps = kMoveThreads / 32;
 inline constexpr int kRowsInFlight = 8;
+inline constexpr int kPairsOfThread = 8;
+// (Row, head) pairs that are counted at a time.
+inline constexpr int kPairsAtOnce = kPairsOfThread * kMoveThreads;
 
 // A token slot of a row.
 struct Place {
@@ -21,52 +25,154 @@ struct Place {
   int32_t slot;
 };
 
-// Moves kRowsInFlight slots of one head, by a warp: to(j) and from(j) for j < count.
-template <typename Unit, typename To, typename From>
-__device__ __forceinline__ void MoveRows(const KvView& target, const KvView& source, int32_t head,
-                                         int32_t head_dim, int32_t count, const To& to,
-                                         const From& from) {
+// Which rows each pair moves, in batches of kRowsInFlight; the batches of all pairs are numbered in
+// a row, so that warps stay evenly loaded however much each pair has.
+struct MoveCounts {
+  int32_t rows[kPairsAtOnce];
+  int32_t batch_end[kPairsAtOnce];
+  int32_t of_warp[kMoveWarps];
+
+  // Counts pairs first .. by all threads: rows_of(pair). Returns the number of batches.
+  template <typename RowsOf>
+  __device__ int32_t Count(int32_t first, int32_t pairs, const RowsOf& rows_of) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    const int base = threadIdx.x * kPairsOfThread;
+    int32_t own[kPairsOfThread];
+#pragma unroll
+    for (int i = 0; i < kPairsOfThread; ++i) {
+      own[i] = first + base + i < pairs ? rows_of(first + base + i) : 0;
+    }
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kPairsOfThread; ++i) {
+      sum += (own[i] + kRowsInFlight - 1) / kRowsInFlight;
+    }
+    int32_t before = sum;
+    for (int step = 1; step < 32; step *= 2) {
+      const int32_t other = __shfl_up_sync(~0u, before, step);
+      if (lane >= step) before += other;
+    }
+    __syncthreads();  // nobody reads the counts of earlier pairs any more
+    if (lane == 31) of_warp[warp] = before;
+    __syncthreads();
+    before -= sum;
+    int32_t all = 0;
+#pragma unroll
+    for (int w = 0; w < kMoveWarps; ++w) {
+      if (w < warp) before += of_warp[w];
+      all += of_warp[w];
+    }
+#pragma unroll
+    for (int i = 0; i < kPairsOfThread; ++i) {
+      before += (own[i] + kRowsInFlight - 1) / kRowsInFlight;
+      rows[base + i] = own[i];
+      batch_end[base + i] = before;
+    }
+    __syncthreads();
+    return all;
+  }
+
+  // The pair that a batch belongs to.
+  __device__ int32_t PairOf(int32_t batch) const {
+    int32_t low = 0;
+    for (int32_t step = kPairsAtOnce / 2; step > 0; step /= 2) {
+      if (batch_end[low + step - 1] <= batch) low += step;
+    }
+    return low;
+  }
+};
+
+// Rows that a warp has under way: lane j < count knows where row j lies, in bytes from the start of
+// the pool of keys or of values.
+struct MoveBatch {
+  int32_t count = 0;
+  int64_t from = 0;
+  int64_t to = 0;
+};
+
+// Row i of head `head` of row `row` of the target, for every i < rows_of(pair), from the place
+// from(pair, i) of the source; pair = row * kv_heads + head. Counts what it moves in link_bytes.
+template <typename Unit, typename RowsOf, typename From>
+__device__ void MoveHeads(const KvView& target, const KvView& source, int32_t pairs,
+                          int32_t kv_heads, int32_t head_dim, const RowsOf& rows_of,
+                          const From& from, unsigned long long* link_bytes) {
+  static_assert((kPairsAtOnce & (kPairsAtOnce - 1)) == 0);
+  __shared__ MoveCounts counts;
   const int lane = threadIdx.x % 32;
   const int64_t element = ElementBytes(source.dtype);
   const int32_t units = static_cast<int32_t>(head_dim * element / sizeof(Unit));
   const int32_t all = target.value == nullptr ? units : 2 * units;
-  for (int32_t base = 0; base < all; base += 32) {
-    const int32_t i = base + lane;
-    const bool is_value = i >= units;
-    const int32_t column = is_value ? i - units : i;
-    Unit hold[kRowsInFlight];
+  const int32_t warps = static_cast<int32_t>(gridDim.x) * kMoveWarps;
+  int64_t moved = 0;
+
+  for (int32_t first = 0; first < pairs; first += kPairsAtOnce) {
+    const int32_t batches = counts.Count(first, pairs, rows_of);
+    const auto find = [&](int32_t batch) {
+      MoveBatch found;
+      if (batch >= batches) return found;
+      const int32_t slot = counts.PairOf(batch);
+      const int32_t begin = (batch - (slot == 0 ? 0 : counts.batch_end[slot - 1])) * kRowsInFlight;
+      found.count = min(kRowsInFlight, counts.rows[slot] - begin);
+      if (lane >= found.count) return found;
+      const int32_t pair = first + slot;
+      const int32_t row = pair / kv_heads;
+      const int32_t head = pair - row * kv_heads;
+      const Place place = from(pair, begin + lane);
+      found.from = KvOffset(source, place.row, place.slot, head) * element;
+      found.to = KvOffset(target, row, begin + lane, head) * element;
+      return found;
+    };
+    // Unit `base` + lane of every row of the batch.
+    const auto load = [&](const MoveBatch& batch, int32_t base, Unit(&hold)[kRowsInFlight]) {
+      const int32_t i = base + lane;
+      const std::byte* const pool = i < units ? source.key : source.value;
+      const int32_t column = i < units ? i : i - units;
 #pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
-      if (j >= count || i >= all) continue;
-      const Place place = from(j);
-      const std::byte* const pool = is_value ? source.value : source.key;
-      const int64_t offset = KvOffset(source, place.row, place.slot, head) * element;
-      hold[j] = __ldcs(reinterpret_cast<const Unit*>(pool + offset) + column);
-    }
+      for (int j = 0; j < kRowsInFlight; ++j) {
+        const int64_t at = __shfl_sync(~0u, batch.from, j);
+        if (j < batch.count && i < all) {
+          hold[j] = __ldcs(reinterpret_cast<const Unit*>(pool + at) + column);
+        }
+      }
+    };
+    const auto store = [&](const MoveBatch& batch, int32_t base, const Unit(&hold)[kRowsInFlight]) {
+      const int32_t i = base + lane;
+      std::byte* const pool = i < units ? target.key : target.value;
+      const int32_t column = i < units ? i : i - units;
 #pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
-      if (j >= count || i >= all) continue;
-      const Place place = to(j);
-      std::byte* const pool = is_value ? target.value : target.key;
-      const int64_t offset = KvOffset(target, place.row, place.slot, head) * element;
-      reinterpret_cast<Unit*>(pool + offset)[column] = hold[j];
+      for (int j = 0; j < kRowsInFlight; ++j) {
+        const int64_t at = __shfl_sync(~0u, batch.to, j);
+        if (j < batch.count && i < all) reinterpret_cast<Unit*>(pool + at)[column] = hold[j];
+      }
+    };
+    int32_t batch = static_cast<int32_t>(blockIdx.x) * kMoveWarps + threadIdx.x / 32;
+    MoveBatch now = find(batch);
+    while (batch < batches) {
+      Unit hold[kRowsInFlight];
+      load(now, 0, hold);
+      batch += warps;
+      const MoveBatch next = find(batch);
+      store(now, 0, hold);
+      for (int32_t base = 32; base < all; base += 32) {
+        load(now, base, hold);
+        store(now, base, hold);
+      }
+      moved += now.count;
+      now = next;
     }
   }
-}
 
-// Adds what a block has moved over the host link.
-__device__ __forceinline__ void CountLinkBytes(unsigned long long* link_bytes, int64_t rows,
-                                               int64_t row_bytes) {
   if (link_bytes == nullptr) return;
-  __shared__ unsigned long long moved;
-  if (threadIdx.x == 0) moved = 0;
+  __shared__ unsigned long long rows_moved;
+  if (threadIdx.x == 0) rows_moved = 0;
   __syncthreads();
   // Every lane of a warp has counted the same rows.
-  if (threadIdx.x % 32 == 0 && rows > 0) {
-    atomicAdd(&moved, static_cast<unsigned long long>(rows * row_bytes));
-  }
+  if (lane == 0 && moved > 0) atomicAdd(&rows_moved, static_cast<unsigned long long>(moved));
   __syncthreads();
-  if (threadIdx.x == 0 && moved > 0) atomicAdd(link_bytes, moved);
+  if (threadIdx.x == 0 && rows_moved > 0) {
+    atomicAdd(link_bytes, rows_moved * all * sizeof(Unit));
+  }
 }
 
 // Whether both views can be moved 16 bytes at a time.
@@ -76,9 +182,9 @@ inline bool CanMoveWide(const KvView& target, const KvView& source, int32_t head
 
 // Over the link few blocks, on the device a few for each multiprocessor; never more than there is
 // work for.
-inline int MoveBlocks(const LaunchContext& context, int64_t warps_of_work) {
-  const int64_t most = context.link_bytes != nullptr ? 16 : 8 * int64_t{context.multiprocessors};
-  const int64_t wanted = (warps_of_work + kMoveThreads / 32 - 1) / (kMoveThreads / 32);
+inline int MoveBlocks(const LaunchContext& context, int64_t batches) {
+  const int64_t most = context.link_bytes != nullptr ? 16 : 4 * int64_t{context.multiprocessors};
+  const int64_t wanted = (batches + kMoveWarps - 1) / kMoveWarps;
   return static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }
 

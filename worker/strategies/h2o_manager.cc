@@ -11,6 +11,7 @@
 #include "worker/strategies/attention_calls.h"
 #include "worker/strategies/page_transfers.h"
 #include "worker/strategies/sequence_tables.h"
+#include "worker/strategies/tile_ring.h"
 #include "worker/strategies/token_budget.h"
 
 namespace kvsweep {
@@ -92,13 +93,18 @@ H2oScratch ScratchOf(const H2oLayout& layout, const StrategySizes& sizes) {
   return scratch;
 }
 
+// Of a key and its value.
+uint64_t RowBytes(const StrategySizes& sizes) {
+  return static_cast<uint64_t>(2 * sizes.shape.head_dim * DTypeBytes(sizes.kv_dtype));
+}
+
 // Bytes of a slot on each tier, pages that hold at least a block of the full layers.
 void SizePages(const StrategySizes& sizes, H2oLayout* layout) {
   const ModelShape& shape = sizes.shape;
   const auto full_layers = static_cast<int32_t>(layout->parameters.full_layers());
   const uint64_t numbers =
       layout->parameters.positions() == H2o::POSITIONS_ROLLING ? 3 : 2;  // score, position, rank
-  const auto row_bytes = static_cast<uint64_t>(2 * shape.head_dim * DTypeBytes(sizes.kv_dtype));
+  const uint64_t row_bytes = RowBytes(sizes);
   const uint64_t entries =
       static_cast<uint64_t>(layout->heads) * static_cast<uint64_t>(shape.layers - full_layers);
   layout->slot_bytes = entries * numbers * sizeof(float);
@@ -152,7 +158,10 @@ absl::StatusOr<H2oLayout> H2oLayoutOf(const H2o& parameters, const StrategySizes
     layout.full_table_pages = PagesFor(sizes.max_context, layout.full_page_tokens);
   }
   if (parameters.tier() == H2o::TIER_HOST) {
-    layout.ring_tokens = std::max(256, sizes.max_decode_rows * std::min(kTileTokensOfARow, budget));
+    layout.ring_tokens =
+        RingTokens(std::max(256, sizes.max_decode_rows * std::min(kTileTokensOfARow, budget)),
+                   int64_t{sizes.max_decode_rows} * budget,
+                   static_cast<uint64_t>(layout.heads) * RowBytes(sizes), sizes.device_bytes);
   }
   const int64_t useful =
       int64_t{sizes.max_sequences} * (layout.table_pages + layout.full_table_pages);

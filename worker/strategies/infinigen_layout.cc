@@ -9,6 +9,7 @@
 #include "worker/strategies/page_pool.h"
 #include "worker/strategies/sequence_tables.h"
 #include "worker/strategies/skewing.h"
+#include "worker/strategies/tile_ring.h"
 #include "worker/strategies/token_budget.h"
 
 namespace kvsweep {
@@ -332,8 +333,9 @@ void SetSizes(const StrategySizes& sizes, InfinigenLayout* layout) {
     layout->history_pages =
         PagesFor(layout->SlotsOf(sizes.max_context, longest), layout->fetch_page_rows);
   }
-  // One tile is at least a row for each decode row, and no longer than what there can be to read.
-  layout->ring_tokens = std::max(sizes.max_decode_rows, std::min(sizes.max_context, 256));
+  layout->ring_tokens =
+      RingTokens(std::max(sizes.max_decode_rows, std::min(sizes.max_context, 256)),
+                 int64_t{sizes.max_decode_rows} * sizes.max_context, row_bytes, sizes.device_bytes);
 }
 
 absl::Status SetPages(const StrategySizes& sizes, InfinigenLayout* layout) {

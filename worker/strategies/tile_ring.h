@@ -14,6 +14,11 @@
 
 namespace kvsweep {
 
+// Tokens of a tile, all rows together, from `least` to `most`: so many that a tile's start and end
+// on the link do not count beside it, where the device's budget is large beside two tiles.
+// `token_bytes`: keys and values of a token, of one layer.
+int32_t RingTokens(int32_t least, int64_t most, uint64_t token_bytes, uint64_t device_bytes);
+
 class TileRing {
  public:
   // `memory`: device memory of 2 x [tokens][heads][key, value][head_dim] elements of `dtype`.
