@@ -6,9 +6,13 @@
 // A (row, KV head) is cut into splits of plan.split_tokens tokens, one block each; the block that
 // arrives last joins the partial results in the order of the splits, so no result depends on who
 // that was.
+//
+// Stored keys and values were written by earlier steps, or by what an ordinary launch waits for:
+// the first tiles are asked for before the kernel ahead, which turns this step's keys, has ended.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace kvsweep::cuda {
@@ -94,13 +98,62 @@ __device__ __forceinline__ int32_t Entry(const DecodeAttentionArgs& args, const 
   return token < part.stored ? args.view.first_token + token : part.whole;
 }
 
-// Turns the scores of a row, also those that earlier calls have left, into probabilities.
-__device__ __forceinline__ void Normalise(float* line, const Part& part, Softmax softmax) {
+// Turns the scores of a row, also those that earlier calls have left, into probabilities: entries
+// `first` + threadIdx.x, ..., `stride` apart.
+__device__ __forceinline__ void Normalise(float* line, int32_t first, int32_t stride,
+                                          int32_t entries, Softmax softmax) {
   const float inverse = 1.0f / softmax.sum;
-  const int32_t entries = part.whole + part.attended - part.stored;
-  for (int32_t t = threadIdx.x; t < entries; t += blockDim.x) {
+#pragma unroll 4
+  for (int32_t t = first + threadIdx.x; t < entries; t += stride) {
     line[t] = exp2f(__ldcg(line + t) * kLog2E - softmax.maximum) * inverse;
   }
+}
+
+// What is to be done about the scores when a head's sums are there: nothing, or turn them into
+// probabilities, or leave the sums to a kernel of more blocks.
+struct Scores {
+  float* probability;  // [rows, Hq, stride]; nullptr: nothing
+  int64_t stride;
+  Softmax* left_to;  // [rows, Hq]; nullptr: turned at once
+  int32_t query_heads;
+
+  // By all threads of the block.
+  __device__ __forceinline__ void Finish(const Part& part, int32_t head, Softmax softmax) const {
+    if (probability == nullptr) return;
+    const int64_t index = part.row * query_heads + head;
+    if (left_to != nullptr) {
+      if (threadIdx.x == 0) left_to[index] = softmax;
+      return;
+    }
+    Normalise(probability + index * stride, 0, kThreads, part.whole + part.attended - part.stored,
+              softmax);
+  }
+};
+
+constexpr int kNormalisedAtOnce = 8 * kThreads;  // entries of a block
+
+// Block (row and query head, piece of the entries).
+__global__ void __launch_bounds__(kThreads)
+    NormaliseKernel(const __grid_constant__ DecodeAttentionArgs args,
+                    const __grid_constant__ Scores scores) {
+  const int64_t index = blockIdx.x;
+  const int64_t row = index / args.query_heads;
+  const int32_t head = static_cast<int32_t>(index % args.query_heads);
+  int32_t entries = 0;
+  if (IsActive(args.row_active, row)) {
+    if (args.view.length != nullptr) {
+      entries =
+          args.view
+              .length[row * args.view.length_stride +
+                      head / (args.query_heads / args.kv_heads) * args.view.length_head_stride];
+    }
+    if (args.current_key.data != nullptr) ++entries;
+  }
+  const int32_t first = static_cast<int32_t>(blockIdx.y) * kNormalisedAtOnce;
+  WaitForEarlierKernels();
+  if (first >= entries) return;
+  Normalise(scores.probability + index * scores.stride, first, kThreads,
+            min(entries, first + kNormalisedAtOnce), scores.left_to[index]);
 }
 
 // Joins the splits of `group` heads, in order: join(q, i, values, softmax) is called for every four
@@ -248,7 +301,8 @@ template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, 2)
     DecodeAttentionKernel(const __grid_constant__ DecodeAttentionArgs args,
                           const __grid_constant__ Splits splits,
-                          const __grid_constant__ AttentionResult result) {
+                          const __grid_constant__ AttentionResult result,
+                          const __grid_constant__ Scores scores) {
   constexpr int kRow = D + kRowPadding;
   constexpr int kStageElements = 2 * kTile * kRow;  // keys, then values
   constexpr int kPipeline = kStages<T, D>;
@@ -256,22 +310,33 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int group = args.query_heads / args.kv_heads;
+  ReleaseLaterKernels();
   const Part part = FindPart(args, args.kv_heads, 1);
-  if (part.split >= part.used) return;
+  const bool needed = part.split < part.used;
 
   T* const stages = reinterpret_cast<T*>(shared) + warp * kPipeline * kStageElements;
   TileLoader<T, D> loader(args, part, stages);
   const int32_t first_tile = part.begin + warp * kTile;
-  loader.LookUp(first_tile);
-#pragma unroll
-  for (int s = 0; s < kPipeline - 1; ++s) {
+  const auto issue_first = [&](int s) {
     const int32_t first = first_tile + s * kWarps * kTile;
     if (first < part.end) {
       loader.Issue(first, s * kStageElements * sizeof(T));
       loader.LookUp(first + kWarps * kTile);
     }
     CommitCopies();
+  };
+  // Of the first tiles, those without the current token.
+  int early = 0;
+  if (needed) {
+    loader.LookUp(first_tile);
+    while (early < kPipeline - 1 &&
+           min(first_tile + early * kWarps * kTile + kTile, part.end) <= part.stored) {
+      issue_first(early++);
+    }
   }
+  WaitForEarlierKernels();
+  if (!needed) return;
+  for (int s = early; s < kPipeline - 1; ++s) issue_first(s);
 
   // Rows of the product are the group's heads: this lane holds row lane / 4.
   uint32_t query[D / 16][2];
@@ -433,10 +498,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Softmax softmax = joined[q];
     const int32_t head = part.head * group + q;
     if (threadIdx.x == 0) result.WriteSums(part.row, head, softmax);
-    if (args.probability != nullptr && args.out.data != nullptr) {
-      Normalise(args.probability + (part.row * args.query_heads + head) * args.probability_stride,
-                part, softmax);
-    }
+    scores.Finish(part, head, softmax);
   }
 }
 
@@ -444,7 +506,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 __global__ void __launch_bounds__(kThreads)
     PlainDecodeAttentionKernel(const __grid_constant__ DecodeAttentionArgs args,
                                const __grid_constant__ Splits splits,
-                               const __grid_constant__ AttentionResult result) {
+                               const __grid_constant__ AttentionResult result,
+                               const __grid_constant__ Scores scores) {
   __shared__ PlainScratch scratch;
   const int d = args.head_dim;
   const int group = args.query_heads / args.kv_heads;
@@ -499,15 +562,13 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (threadIdx.x == 0) result.WriteSums(part.row, part.head, merged);
-  if (probability != nullptr && args.out.data != nullptr) {
-    // With an element or without, all threads divide by the same sum.
-    if (threadIdx.x == 0) {
-      scratch.maximum[0] = merged.maximum;
-      scratch.sum[0] = merged.sum;
-    }
-    __syncthreads();
-    Normalise(probability, part, {scratch.maximum[0], scratch.sum[0]});
+  // With an element or without, all threads divide by the same sum.
+  if (threadIdx.x == 0) {
+    scratch.maximum[0] = merged.maximum;
+    scratch.sum[0] = merged.sum;
   }
+  __syncthreads();
+  scores.Finish(part, part.head, {scratch.maximum[0], scratch.sum[0]});
 }
 
 // ----------------------------------------------------------------------------------------
@@ -515,14 +576,15 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int D>
 cudaError_t LaunchFast(const DecodeAttentionArgs& args, const Splits& splits,
-                       const AttentionResult& result, cudaStream_t stream) {
+                       const AttentionResult& result, const Scores& scores,
+                       const LaunchContext& context) {
   constexpr int kBytes = kSharedBytes<T, D>;
   static const cudaError_t configured = cudaFuncSetAttribute(
       DecodeAttentionKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (configured != cudaSuccess) return configured;
-  const int blocks = args.rows * args.kv_heads * args.plan.splits;
-  DecodeAttentionKernel<T, D><<<blocks, kThreads, kBytes, stream>>>(args, splits, result);
-  return cudaGetLastError();
+  const auto blocks = static_cast<unsigned>(args.rows * args.kv_heads * args.plan.splits);
+  return LaunchDependent(context, DecodeAttentionKernel<T, D>, blocks, kThreads, kBytes, args,
+                         splits, result, scores);
 }
 
 // Whether the fast kernel takes this shape and these types.
@@ -574,15 +636,23 @@ cudaError_t Launch(const DecodeAttentionArgs& given, const LaunchContext& contex
   if (args.plan.splits <= 1) args.plan = {.splits = 1, .split_tokens = 0};
   if (args.plan.splits > kMostSplits) return cudaErrorInvalidValue;
   const int64_t parts = int64_t{args.rows} * args.query_heads * args.plan.splits;
+  const int64_t heads = int64_t{args.rows} * args.query_heads;
   Splits splits;
   splits.output = reinterpret_cast<float*>(context.workspace);
   splits.maximum = splits.output + parts * args.head_dim;
   splits.sum = splits.maximum + parts;
   splits.arrivals = context.tickets;
+  Scores scores{.probability = args.out.data == nullptr ? nullptr : args.probability,
+                .stride = args.probability_stride,
+                .left_to = nullptr,
+                .query_heads = args.query_heads};
   if (args.plan.splits > 1) {
-    const size_t bytes = parts * (args.head_dim + 2) * sizeof(float);
+    auto* const sums = reinterpret_cast<Softmax*>(splits.sum + parts);
+    const size_t bytes = parts * (args.head_dim + 2) * sizeof(float) + heads * sizeof(Softmax);
     if (bytes > context.workspace_bytes) return cudaErrorMemoryAllocation;
-    if (args.rows * args.query_heads > context.ticket_count) return cudaErrorMemoryAllocation;
+    if (heads > context.ticket_count) return cudaErrorMemoryAllocation;
+    // One block would take longer over a row that was worth splitting than another launch does.
+    if (scores.probability != nullptr) scores.left_to = sums;
   }
   const AttentionResult result{.out = args.out,
                                .dtype = context.activation_dtype,
@@ -591,16 +661,23 @@ cudaError_t Launch(const DecodeAttentionArgs& given, const LaunchContext& contex
                                .log_sum_exp = nullptr,
                                .query_heads = args.query_heads,
                                .head_dim = args.head_dim};
+  cudaError_t error = cudaSuccess;
   if (IsFast(args, context.activation_dtype)) {
-    if (args.head_dim == 64) {
-      return LaunchFast<__nv_bfloat16, 64>(args, splits, result, context.stream);
-    }
-    return LaunchFast<__nv_bfloat16, 128>(args, splits, result, context.stream);
+    error = args.head_dim == 64
+                ? LaunchFast<__nv_bfloat16, 64>(args, splits, result, scores, context)
+                : LaunchFast<__nv_bfloat16, 128>(args, splits, result, scores, context);
+  } else {
+    if (args.head_dim > 256) return cudaErrorInvalidValue;
+    const int64_t blocks = heads * args.plan.splits;
+    PlainDecodeAttentionKernel<<<static_cast<unsigned>(blocks), kThreads, 0, context.stream>>>(
+        args, splits, result, scores);
+    error = cudaGetLastError();
   }
-  if (args.head_dim > 256) return cudaErrorInvalidValue;
-  const int blocks = args.rows * args.query_heads * args.plan.splits;
-  PlainDecodeAttentionKernel<<<blocks, kThreads, 0, context.stream>>>(args, splits, result);
-  return cudaGetLastError();
+  if (error != cudaSuccess || scores.left_to == nullptr) return error;
+  const int64_t pieces = (args.probability_stride + kNormalisedAtOnce - 1) / kNormalisedAtOnce;
+  return LaunchDependent(AfterKernel(context), NormaliseKernel,
+                         dim3(static_cast<unsigned>(heads), static_cast<unsigned>(pieces)),
+                         kThreads, 0, args, scores);
 }
 
 }  // namespace kvsweep::cuda

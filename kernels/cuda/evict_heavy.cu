@@ -1,10 +1,12 @@
-// H2O's step after decode attention, fused: a block takes one row and KV head, updates the scores
+// H2O's step after decode attention, fused: a block (or, where there are many slots, several that
+// share their memory, a cluster) takes one row and KV head, updates the scores
 // of all its slots, finds the least of the heavy ones on the way, and puts the new token in its
 // place. Its time is that of memory's answers in turn, so whatever may be needed is asked for at
 // once: where slots lie, ahead of the earlier kernel's end; then probabilities, scores, positions
 // and both rows that may move. After one reduction nothing is left but to write.
 #include <cmath>
 
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/select.cuh"
@@ -19,6 +21,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBatch = 4;  // slots that a thread has under way
+constexpr unsigned kClusterBlocks = 8;
+// From so many slots on a cluster is worth its barriers: a block goes three times through memory.
+constexpr int64_t kClusterSlots = 3 * kBatch * kThreads;
 constexpr int32_t kNowhere = -1;
 
 // One row and KV head.
@@ -103,6 +108,19 @@ __device__ Least BlockLeast(const Least& mine) {
   return WarpLeast(lane < kWarps ? of_warp[lane] : Least{});
 }
 
+// Of all blocks of the team, in all threads; its barriers are as BlockLeast's.
+__device__ Least TeamLeast(const Team& team, const Least& mine) {
+  const Least block = BlockLeast(mine);
+  if (team.size == 1) return block;
+  __shared__ Least of_block;
+  if (threadIdx.x == 0) of_block = block;
+  team.Meet();
+  const int lane = threadIdx.x % 32;
+  const Least least = WarpLeast(lane < team.size ? team.Of(of_block, lane) : Least{});
+  team.Meet();  // no block ends while others read what it shares
+  return least;
+}
+
 // What each thread holds of the rows that may move: elements of a key, then of its value.
 constexpr int kElements = 2;  // of a thread; 2 d <= kElements * kThreads
 
@@ -132,7 +150,7 @@ struct MovedRow {
   }
 };
 
-// A batch of slots of one thread: base, base + kThreads, …
+// A batch of slots of one thread: base, base + kThreads, ...
 struct Batch {
   int64_t score[kBatch];
   int64_t position[kBatch];
@@ -151,12 +169,15 @@ struct Batch {
 __global__ void __launch_bounds__(kThreads, 4)
     EvictHeavyKernel(const __grid_constant__ EvictHeavyArgs args, DType dtype) {
   ReleaseLaterKernels();
-  const int64_t row = blockIdx.x / args.kv_heads;
+  const Team team = ClusterTeam();
+  const int32_t pair = static_cast<int32_t>(blockIdx.x) / team.size;
+  const int32_t first_slot = team.rank * kBatch * kThreads + static_cast<int>(threadIdx.x);
+  const int64_t row = pair / args.kv_heads;
   const bool active = IsActive(args.row_active, row);
   const int32_t position = args.position[row];
   const int32_t heavy = args.heavy[row];
   const int32_t recent = args.recent[row];
-  const Head at{args, row, static_cast<int32_t>(blockIdx.x % args.kv_heads), position};
+  const Head at{args, row, pair % args.kv_heads, position};
   const bool scored = args.score.data != nullptr;
   const bool placed = args.slot_position.data != nullptr;
   const bool ranked = args.rank.data != nullptr;
@@ -170,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t ring_score = ring == kNowhere || !scored ? 0 : at.ScoreOffset(ring);
   const int64_t ring_place = ring == kNowhere || !placed ? 0 : at.PositionOffset(ring);
   Batch batch;
-  if (scored) batch.Find(at, threadIdx.x, stored);
+  if (scored) batch.Find(at, first_slot, stored);
   WaitForEarlierKernels();
   if (!active) return;
 
@@ -196,8 +217,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (ring != kNowhere) {
       kept_ring_score = at.Kept(at.ScoreAt(ring_score) * args.scoring.decay + at.Received(ring));
     }
-    for (int32_t base = threadIdx.x; base < stored; base += kBatch * kThreads) {
-      if (base >= kBatch * kThreads) batch.Find(at, base, stored);
+    for (int32_t base = first_slot; base < stored; base += team.size * kBatch * kThreads) {
+      if (base != first_slot) batch.Find(at, base, stored);
       float before[kBatch];
       float received[kBatch];
       int32_t place[kBatch];
@@ -222,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
     }
   }
-  const Least least = BlockLeast(mine);
+  const Least least = TeamLeast(team, mine);
 
   int32_t target = position;  // of the new token
   int32_t leaves = position;  // slot of the token that leaves
@@ -241,15 +262,17 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (ranked) {
       const int32_t gone = at.Rank(leaves);
       const int32_t moved = at.Rank(target);
-      __syncthreads();  // all threads have read the ranks that now change
-      for (int32_t slot = threadIdx.x; slot < heavy + recent; slot += kThreads) {
+      team.Meet();  // all threads have read the ranks that now change
+      for (int32_t slot = team.rank * kThreads + static_cast<int>(threadIdx.x);
+           slot < heavy + recent; slot += team.size * kThreads) {
         const int32_t rank = slot == leaves ? moved : at.Rank(slot);
         at.Rank(slot) = slot == target ? heavy + recent - 1 : rank - (rank > gone ? 1 : 0);
       }
     }
-  } else if (ranked && threadIdx.x == 0) {
+  } else if (ranked && team.rank == 0 && threadIdx.x == 0) {
     at.Rank(position) = position;
   }
+  if (team.rank != 0) return;
   if (leaves != target) leaving.Store(at, leaves);
   fresh.Store(at, target);
   if (threadIdx.x != 0) return;
@@ -270,9 +293,11 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 cudaError_t Launch(const EvictHeavyArgs& args, const LaunchContext& context) {
   if (2 * args.head_dim > kElements * kThreads) return cudaErrorInvalidValue;
-  return LaunchDependent(context, EvictHeavyKernel,
-                         static_cast<unsigned>(args.rows * args.kv_heads), kThreads, 0, args,
-                         context.activation_dtype);
+  const auto pairs = static_cast<unsigned>(args.rows * args.kv_heads);
+  const bool many = context.architecture >= 90 && args.probability_stride > kClusterSlots;
+  const unsigned cluster = many ? kClusterBlocks : 1;
+  return LaunchDependentClusters(context, EvictHeavyKernel, pairs * cluster, kThreads, 0, cluster,
+                                 args, context.activation_dtype);
 }
 
 }  // namespace kvsweep::cuda

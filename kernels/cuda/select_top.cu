@@ -3,11 +3,10 @@
 // keeps them in registers: a count over equal parts of their range finds the part in which the last
 // one lies, and the few that lie there are compared one with another. Rows of which too many lie
 // there, or that are longer than that, go the old way: byte by byte from the second-level cache.
-#include <cooperative_groups.h>
-
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/select.cuh"
@@ -46,36 +45,6 @@ struct Scratch {
   int32_t found_within;
   Threshold threshold;
 };
-
-// The blocks that share a row and head.
-struct Team {
-  int size;
-  int rank;
-
-  __device__ void Meet() const {
-    if (size == 1) return __syncthreads();
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    cooperative_groups::this_cluster().sync();
-#endif
-  }
-  // The same variable of another block.
-  template <typename T>
-  __device__ const T& Of(T& shared, int other) const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (size > 1) return *cooperative_groups::this_cluster().map_shared_rank(&shared, other);
-#endif
-    return shared;
-  }
-};
-
-__device__ Team ClusterTeam() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const auto cluster = cooperative_groups::this_cluster();
-  return {static_cast<int>(cluster.num_blocks()), static_cast<int>(cluster.block_rank())};
-#else
-  return {1, 0};
-#endif
-}
 
 __device__ __forceinline__ bool Selects(const SelectTopArgs& args, int64_t row) {
   return IsActive(args.row_active, row) && args.length[row] > 0;

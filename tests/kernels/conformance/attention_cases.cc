@@ -82,6 +82,8 @@ Outcome DecodeCase(Side& side, Random& random) {
   shape.table = random.Bernoulli(0.9);
   shape.lengths = Pick<std::vector<int32_t>>(
       random, {{0}, {1}, {15, 16, 17}, {63, 64, 65}, {5, -1, 33, 0}, {200, 3}, {700, 129, 256}});
+  const bool is_long = random.Bernoulli(0.03);
+  if (is_long) shape.lengths = {2300, 40};
   if (!shape.table) {
     for (int32_t& length : shape.lengths) length = std::max(length, 0);
   }
@@ -139,7 +141,7 @@ Outcome DecodeCase(Side& side, Random& random) {
   if (!partial) args.out = side.RoomRows(rows, heads.query * d, padding);
   int64_t stride = 0;
   if (!partial && !args.accumulate && random.Bernoulli(0.4)) {
-    stride = 760;
+    stride = is_long ? 2360 : 760;
     // Entries of earlier tiles hold their scores already.
     std::vector<float> left(all * stride, std::numeric_limits<float>::quiet_NaN());
     if (tiled) std::fill(left.begin(), left.end(), -1.0f);

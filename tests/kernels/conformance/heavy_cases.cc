@@ -129,7 +129,8 @@ Outcome EvictCase(Side& side, Random& random) {
   for (int32_t b = 0; b < rows; ++b) {
     Budget budget =
         Pick<Budget>(random, {{3, 4}, {5, 1}, {0, 6}, {6, 0}, {1, 1}, {100, 300}, {400, 100}});
-    if (random.Bernoulli(0.01)) budget = {1300, 900};  // more slots than are under way at once
+    // More slots than are under way at once; more than one block takes.
+    if (random.Bernoulli(0.02)) budget = Pick<Budget>(random, {{1300, 900}, {3500, 900}});
     heavy[b] = budget.heavy;
     recent[b] = budget.recent;
     const int32_t total = budget.heavy + budget.recent;
