@@ -60,7 +60,9 @@ struct PrefillShared {
   uint64_t key_empty[kStages];
   uint64_t value_full[kStages];
   uint64_t value_empty[kStages];
-  int32_t pair;  // of the queries; -1: no more
+  // Of the queries; -1: no more. Written and read atomically: barriers order that, but racecheck
+  // does not follow those of bulk copies.
+  int32_t pair;
 };
 
 // Tokens that row `row` of the chunk sees.
@@ -389,14 +391,14 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
         const uint32_t full = SharedAddress(&shared.query_full);
         if (drawn >= schedule.pairs) {
           if (lane == 0) {
-            shared.pair = -1;
+            atomicExch(&shared.pair, -1);
             Arrive(full);
           }
           break;
         }
         const Pair pair(args, schedule, drawn);
         if (lane == 0) {
-          shared.pair = drawn;
+          atomicExch(&shared.pair, drawn);
           ArriveExpecting(full, kConsumers * D / kPanelColumns * kQueryPanelBytes);
         }
         __syncwarp();
@@ -427,7 +429,7 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
     RingPlace<kStages> values;
     for (uint32_t turn = 0;; ++turn) {
       Wait(SharedAddress(&shared.query_full), turn & 1);
-      const int32_t number = __shfl_sync(~0u, shared.pair, 0);
+      const int32_t number = __shfl_sync(~0u, lane == 0 ? atomicAdd(&shared.pair, 0) : 0, 0);
       if (number < 0) break;
       const Pair pair(args, schedule, number);
       const int32_t group_row = pair.first_row + consumer.group * kGroupRows;
