@@ -1,7 +1,7 @@
 // The device backend of a runner that a test can make fail (gpu_main.cc): $KVSWEEP_DEVICE_FAULT
 // names the fault, "illegal access", "hang" or "die", and $KVSWEEP_DEVICE_FAULT_MARK a file; as
-// long as that exists, the fault happens at a launch of a captured step, and takes the file away
-// first.
+// long as that exists, the fault happens at a launch of a captured step of an engine (the node's
+// measurements launch graphs too), and takes the file away first.
 #include <signal.h>
 #include <unistd.h>
 
@@ -24,8 +24,13 @@ class FaultyBackend : public ForwardingBackend {
   FaultyBackend(std::unique_ptr<Backend> inner, std::string fault, std::string mark)
       : ForwardingBackend(std::move(inner)), fault_(std::move(fault)), mark_(std::move(mark)) {}
 
+  void Embed(const EmbedArgs& args, Stream stream) override {
+    serves_ = true;
+    ForwardingBackend::Embed(args, stream);
+  }
+
   void Launch(Graph graph) override {
-    if (++launches_ > kHealthyLaunches && unlink(mark_.c_str()) == 0) Fail();
+    if (serves_ && ++launches_ > kHealthyLaunches && unlink(mark_.c_str()) == 0) Fail();
     ForwardingBackend::Launch(graph);
   }
 
@@ -39,6 +44,7 @@ class FaultyBackend : public ForwardingBackend {
 
   std::string fault_;
   std::string mark_;
+  bool serves_ = false;
   int launches_ = 0;
 };
 
