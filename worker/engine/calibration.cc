@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/digest.h"
+#include "base/parallel_for.h"
 #include "base/status_macros.h"
 #include "worker/engine/engine.h"
 #include "worker/strategies/attention_calls.h"
@@ -122,9 +123,10 @@ absl::StatusOr<std::shared_ptr<const Skewing>> RunCalibration(Backend* backend,
   plan.prefill.push_back({.rows = tokens, .last_chunk = true});
   RETURN_IF_ERROR(engine->Execute(plan).status());
   auto skewing = std::make_shared<Skewing>();
-  for (int32_t layer = 0; layer < model->config().layers; ++layer) {
-    skewing->layers.push_back(capture->Skew(layer, tokens));
-  }
+  skewing->layers.resize(static_cast<size_t>(model->config().layers));
+  ParallelFor(skewing->layers.size(), [&](size_t layer) {
+    skewing->layers[layer] = capture->Skew(static_cast<int32_t>(layer), tokens);
+  });
   return skewing;
 }
 

@@ -2,10 +2,12 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <numeric>
 
 #include "base/check.h"
+#include "base/parallel_for.h"
 
 namespace kvsweep {
 namespace {
@@ -161,31 +163,36 @@ std::vector<float> ThinMatrices(std::span<const float> matrix, const HeadColumns
 ProjectedWeights ThroughMatrices(std::span<const float> weight, std::span<const float> bias,
                                  std::span<const float> matrix, int32_t heads, int32_t group,
                                  int32_t head_dim, int32_t columns) {
+  constexpr size_t kBlock = 512;  // columns of a head's weights that stay in cache for all sums
   const auto dim = static_cast<size_t>(head_dim);
   const auto width = static_cast<size_t>(columns);
   const size_t inner = weight.size() / (static_cast<size_t>(heads) * dim);  // D
   ProjectedWeights projected{
       .weight = std::vector<float>(static_cast<size_t>(heads) * width * inner),
       .bias = std::vector<float>(static_cast<size_t>(heads) * width)};
-  std::vector<double> row(inner);
-  for (size_t head = 0; head < static_cast<size_t>(heads); ++head) {
+  ParallelFor(static_cast<size_t>(heads), [&](size_t head) {
     const float* const through = matrix.data() + head / static_cast<size_t>(group) * dim * width;
-    for (size_t i = 0; i < width; ++i) {
-      std::ranges::fill(row, 0.0);
+    for (size_t i = 0; i < width && !bias.empty(); ++i) {
       double shift = 0;
-      for (size_t j = 0; j < dim; ++j) {
-        const double factor = through[j * width + i];
-        if (factor == 0) continue;
-        const float* const source = weight.data() + (head * dim + j) * inner;
-        for (size_t k = 0; k < inner; ++k) row[k] += factor * source[k];
-        if (!bias.empty()) shift += factor * bias[head * dim + j];
-      }
-      const size_t target = head * width + i;
-      std::ranges::transform(row, projected.weight.begin() + static_cast<int64_t>(target * inner),
-                             [](double value) { return static_cast<float>(value); });
-      projected.bias[target] = static_cast<float>(shift);
+      for (size_t j = 0; j < dim; ++j)
+        shift += double{through[j * width + i]} * bias[head * dim + j];
+      projected.bias[head * width + i] = static_cast<float>(shift);
     }
-  }
+    std::array<double, kBlock> sums;
+    for (size_t first = 0; first < inner; first += kBlock) {
+      const size_t count = std::min(kBlock, inner - first);
+      for (size_t i = 0; i < width; ++i) {
+        sums.fill(0.0);
+        for (size_t j = 0; j < dim; ++j) {
+          const double factor = through[j * width + i];
+          const float* const source = weight.data() + (head * dim + j) * inner + first;
+          for (size_t k = 0; k < count; ++k) sums[k] += factor * source[k];
+        }
+        float* const target = projected.weight.data() + (head * width + i) * inner + first;
+        for (size_t k = 0; k < count; ++k) target[k] = static_cast<float>(sums[k]);
+      }
+    }
+  });
   return projected;
 }
 
