@@ -55,7 +55,10 @@ DecodeCounts InfinigenStrategy::CollectDecode(const StepView& step, size_t index
     if (!attended_by_layer.empty()) attended_by_layer[static_cast<size_t>(layer)] = entries + 1;
   }
   counts.evicted = decoded.evicts ? 1 : 0;
-  counts.engaged = selected_of_all < held * layout().speculating_layers();
+  // Full offload is there to bring everything.
+  counts.engaged = layout().fetches_all()
+                       ? counts.fetched > 0
+                       : selected_of_all < held * layout().speculating_layers();
   return counts;
 }
 
@@ -100,7 +103,7 @@ EngagementRule InfinigenStrategy::engagement_rule() const {
 }
 
 bool InfinigenStrategy::EngagementExpected(const RequestShape& shape, int32_t tokens) const {
-  return !layout().fetches_all() && tokens > shape.prompt_tokens + 1;  // there was a decode step
+  return tokens > shape.prompt_tokens + 1;  // there was a decode step
 }
 
 std::vector<CacheStrategy::Figure> InfinigenStrategy::Figures() const {
