@@ -611,8 +611,10 @@ AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
   // The split for which all waves of blocks together take least.
   const int64_t pairs = std::max<int64_t>(1, int64_t{rows} * kv_heads);
   const int64_t resident = 2 * static_cast<int64_t>(multiprocessors);
+  // The last split takes up to a tile more than its share: the current token behind a round number
+  // of stored ones must not make all of them longer.
   const auto share = [&](int64_t splits) {
-    const int64_t tokens = (max_tokens + splits - 1) / splits;
+    const int64_t tokens = (std::max(max_tokens - kTile, 1) + splits - 1) / splits;
     return (tokens + kWarps * kTile - 1) / (kWarps * kTile) * (kWarps * kTile);
   };
   int64_t best = 1;
