@@ -133,8 +133,11 @@ class CudaBackend : public Backend {
   void CopyTile(const CopyTileArgs& args, Stream stream) override {
     Fetch(args, stream, LinkOf(args.target.key, args.source.key));
   }
+  // What stands behind it starts ordinarily: a dependent launch may read stored entries before it
+  // waits, and these are some.
   void CopyBlocks(const CopyBlocksArgs& args, Stream stream) override {
     Fetch(args, stream, LinkOf(args.target, args.source));
+    context_[static_cast<int>(stream)].follows_kernel = false;
   }
   // One process holds the whole model: its own part is the sum.
   void AllReduce(const AllReduceArgs& args, Stream stream) override { cpu::CheckArguments(args); }

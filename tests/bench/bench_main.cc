@@ -249,7 +249,7 @@ class Command {
 
   absl::Status Offload() {
     ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
-    RETURN_IF_ERROR(Limits(false));
+    RETURN_IF_ERROR(Limits(true));
     ASSIGN_OR_RETURN(const std::vector<Point> points,
                      PointsOf({{"B", {8}}, {"context", {1920}}, {"selected", {400}}}, given));
     for (const std::string& model : options_.models) {
