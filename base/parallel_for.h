@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -20,7 +21,11 @@ void ParallelFor(size_t count, const Work& work) {
   };
   std::vector<std::jthread> others;
   const size_t threads = std::min<size_t>(count, std::thread::hardware_concurrency());
-  for (size_t i = 1; i < threads; ++i) others.emplace_back(take);
+  try {
+    for (size_t i = 1; i < threads; ++i) others.emplace_back(take);
+  } catch (const std::system_error&) {
+    // No more threads may be made: those that there are do all of it.
+  }
   take();
 }
 

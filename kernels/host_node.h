@@ -3,6 +3,7 @@
 #ifndef KVSWEEP_KERNELS_HOST_NODE_H_
 #define KVSWEEP_KERNELS_HOST_NODE_H_
 
+#include <cstdint>
 #include <string>
 
 namespace kvsweep {
@@ -16,6 +17,11 @@ struct HostNode {
 
 // As the kernel tells it of a PCI device ("0000:1b:00.0"). `root` stands before /sys.
 HostNode FindHostNode(const std::string& pci_address, const std::string& root = "");
+
+// What this process can take of the host's memory without driving anybody out: what the kernel says
+// is available, or less if a control group (a container) has less left; all there is where neither
+// says anything. `root` stands before /proc and /sys.
+uint64_t AvailableHostBytes(const std::string& root = "");
 
 // While it lives, memory that this thread takes comes from `node` as long as that has room; what
 // others do to the thread's policy meanwhile is undone. Nothing happens for node -1, or where the

@@ -4,9 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <fstream>
 #include <iterator>
-#include <string>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -20,20 +18,6 @@ constexpr uint64_t kGranularity = 512;
 
 constexpr uint64_t kPageBytes = 4096;
 constexpr uint64_t kHugePageBytes = uint64_t{2} << 20;
-
-// What the kernel says can be taken without driving anybody out; all there is where it says
-// nothing.
-uint64_t AvailableHostBytes() {
-  std::ifstream facts("/proc/meminfo");
-  std::string name;
-  uint64_t kib = 0;
-  std::string unit;
-  while (facts >> name >> kib) {
-    if (name == "MemAvailable:") return kib << 10;
-    std::getline(facts, unit);
-  }
-  return UINT64_MAX;
-}
 
 // Pinned and mapped. Of huge pages where the system has them: pinning 9 GiB takes 1.9 s so, and
 // 4.2 s with cudaHostAlloc, which takes small ones (H200 node, 2026-11). Pages are taken by this
@@ -96,7 +80,9 @@ absl::StatusOr<std::byte*> DeviceMemory::Allocate(Tier tier, uint64_t bytes) {
         memory = nullptr;
         size_t free_bytes = 0;
         size_t total_bytes = 0;
-        if (tier == Tier::kDevice && cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess) {
+        if (tier == Tier::kHost) {
+          available = std::min(available, AvailableHostBytes());
+        } else if (cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess) {
           available = std::min<uint64_t>(available, free_bytes);
         }
       }
@@ -141,6 +127,8 @@ void DeviceMemory::Free(std::byte* memory) {
 
 void DeviceMemory::Release(Tier tier) {
   Kept& kept = kept_[static_cast<int>(tier)];
+  // Work of the last owners may still be under way, and the host's pages go at once.
+  if (!kept.empty()) cudaDeviceSynchronize();
   for (const auto& [size, memory] : kept) FreeNow(tier, memory);
   kept.clear();
 }

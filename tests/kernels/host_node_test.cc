@@ -32,6 +32,28 @@ class HostNodeTest : public testing::Test {
   TempDir root_;
 };
 
+// Writes a file below the root.
+void Write(const std::string& path, const std::string& text) {
+  std::filesystem::create_directories(std::filesystem::path(path).parent_path());
+  ASSERT_TRUE(WriteFileAtomic(path, text).ok());
+}
+
+TEST(AvailableHostBytesTest, IsTheLeastOfWhatMachineAndGroupsHaveLeft) {
+  TempDir root;
+  EXPECT_EQ(AvailableHostBytes(root.path()), UINT64_MAX);
+  Write(root.Join("proc/meminfo"), "MemTotal:       9000 kB\nMemAvailable:   8000 kB\n");
+  EXPECT_EQ(AvailableHostBytes(root.path()), 8000u << 10);
+  Write(root.Join("proc/self/cgroup"), "1:cpu:/elsewhere\n0::/outer/inner\n");
+  EXPECT_EQ(AvailableHostBytes(root.path()), 8000u << 10);
+  Write(root.Join("sys/fs/cgroup/outer/memory.max"), "1000000\n");
+  Write(root.Join("sys/fs/cgroup/outer/memory.current"), "400000\n");
+  Write(root.Join("sys/fs/cgroup/outer/inner/memory.max"), "max\n");
+  Write(root.Join("sys/fs/cgroup/outer/inner/memory.current"), "300000\n");
+  EXPECT_EQ(AvailableHostBytes(root.path()), 600000u);
+  Write(root.Join("sys/fs/cgroup/outer/inner/memory.max"), "200000\n");
+  EXPECT_EQ(AvailableHostBytes(root.path()), 0u);
+}
+
 TEST_F(HostNodeTest, IsWhereTheDeviceIsAttached) {
   MakeNodes(2);
   Attach("0000:1b:00.0", "1");
