@@ -237,7 +237,8 @@ struct TileLoader {
     value =
         reinterpret_cast<const T*>(args.view.value) + part.head * args.view.head_stride + column;
     target = SharedAddress(stage + row_of_lane * kRow + column);
-    whole_blocks = args.view.block_size % kTile == 0 && part.begin % kTile == 0;
+    const bool tiled = args.view.block_table == nullptr || args.view.block_size % kTile == 0;
+    whole_blocks = tiled && part.begin % kTile == 0;
   }
 
   __device__ __forceinline__ int64_t BlockOffset(int32_t token) const {
@@ -611,8 +612,8 @@ AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
   // The split for which all waves of blocks together take least.
   const int64_t pairs = std::max<int64_t>(1, int64_t{rows} * kv_heads);
   const int64_t resident = 2 * static_cast<int64_t>(multiprocessors);
-  // The last split takes up to a tile more than its share: the current token behind a round number
-  // of stored ones must not make all of them longer.
+  // The last split takes up to a tile and a token more than its share: the current token behind a
+  // round number of stored ones must not make all of them longer.
   const auto share = [&](int64_t splits) {
     const int64_t tokens = (std::max(max_tokens - kTile, 1) + splits - 1) / splits;
     return (tokens + kWarps * kTile - 1) / (kWarps * kTile) * (kWarps * kTile);

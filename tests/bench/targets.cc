@@ -636,6 +636,7 @@ void Maker::AddShape(const std::string& model, int64_t rows, int64_t context) {
 }  // namespace
 
 std::vector<OffloadArm> OffloadArms(int64_t context, int64_t selected) {
+  selected = std::max<int64_t>(1, selected / 2 * 2);  // as budgets are
   std::vector<OffloadArm> arms;
   arms.push_back({.arm = FetchAllArm("fetch-all"), .target = 0.9});
   Arm all_late = FetchAllArm("fetch-all-no-prefetch");
@@ -722,7 +723,8 @@ absl::Status TimeHidden(Bench& bench, const std::string& model_name, const Arm& 
   RETURN_IF_ERROR(hidden_all.status());
   const Cost cost =
       DecodeFloor(model->config(), arm, ShapeOf(*model, *backend, rows, whole.tokens, fetched));
-  const double link_ns = cost.link_bytes / GatherBytesPerSecond(bench.limits()) * 1e9;
+  const double rate = GatherBytesPerSecond(bench.limits());
+  const double link_ns = cost.link_bytes / rate * 1e9;
   const double step_ns = whole.timing.median_ns;
   const double compute_ns = hidden_all->timing.median_ns;
   row->SetTime(whole.timing, "ms");
@@ -732,9 +734,10 @@ absl::Status TimeHidden(Bench& bench, const std::string& model_name, const Arm& 
   row->ratio = hidden.of_possible;
   row->ratio_is = "share";
   row->note = absl::StrFormat(
-      "without fetches %.2f ms, transfer alone %.2f ms: %.0f %% of the transfer "
+      "without fetches %.2f ms, transfer alone %.2f ms at %.1f GB/s: %.0f %% of the transfer "
       "hidden, %.0f %% of what can be",
-      compute_ns / 1e6, link_ns / 1e6, 100 * hidden.of_transfer, 100 * hidden.of_possible);
+      compute_ns / 1e6, link_ns / 1e6, rate / 1e9, 100 * hidden.of_transfer,
+      100 * hidden.of_possible);
   return absl::OkStatus();
 }
 

@@ -98,7 +98,7 @@ uint64_t InfinigenStrategy::ReadbackBytes(const StepView& step) const {
 }
 
 EngagementRule InfinigenStrategy::engagement_rule() const {
-  if (layout().fetches_all()) return {};
+  if (layout().fetches_all()) return {"entries were fetched from the host"};
   return {"fewer entries were fetched than were held beyond the full layers"};
 }
 

@@ -10,11 +10,9 @@ int32_t RingTokens(int32_t least, int64_t most, uint64_t token_bytes, uint64_t d
   // 300 us of a PCIe 5.0 x16 link, of which a copy's start and end take about ten. Where the budget
   // is small, memory is dearer than that.
   constexpr uint64_t kTileBytes = uint64_t{16} << 20;
-  constexpr uint64_t kShare = 32;
   constexpr uint64_t kSmallBudgetBytes = uint64_t{1} << 30;
   if (device_bytes <= kSmallBudgetBytes) return least;
-  const uint64_t bytes = std::min(kTileBytes, device_bytes / (2 * kShare));
-  const auto tokens = std::min(most, static_cast<int64_t>(bytes / token_bytes));
+  const auto tokens = std::min(most, static_cast<int64_t>(kTileBytes / token_bytes));
   return std::max(least, static_cast<int32_t>(tokens));
 }
 

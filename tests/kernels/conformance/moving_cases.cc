@@ -8,6 +8,14 @@
 namespace kvsweep {
 namespace {
 
+// More rows and heads than a kernel counts at a time, a few tokens each.
+void MakeWide(Random& random, ViewShape& shape) {
+  shape.kv_heads = 8;
+  shape.head_dim = 8;
+  shape.lengths.resize(300);
+  for (int32_t& length : shape.lengths) length = Pick(random, {0, -1, 1, 9, 12});
+}
+
 Outcome GatherCase(Side& side, Random& random) {
   ViewShape source_shape;
   source_shape.kv_heads = Pick(random, {1, 2, 8});
@@ -17,6 +25,8 @@ Outcome GatherCase(Side& side, Random& random) {
   source_shape.layout = Between(random, 0, 2);
   source_shape.tier = random.Bernoulli(0.5) ? Tier::kHost : Tier::kDevice;
   source_shape.lengths = Pick<std::vector<int32_t>>(random, {{1}, {17, 40}, {300, -1, 64}, {900}});
+  const bool is_wide = random.Bernoulli(0.03);
+  if (is_wide) MakeWide(random, source_shape);
   const View source = MakeView(side, random, source_shape);
   ViewShape target_shape = source_shape;
   target_shape.tier = Tier::kDevice;
@@ -26,7 +36,7 @@ Outcome GatherCase(Side& side, Random& random) {
   const int32_t rows = static_cast<int32_t>(source_shape.lengths.size());
   const int32_t kv_heads = source_shape.kv_heads;
   target_shape.lengths.assign(rows, 0);
-  target_shape.room = 256;
+  target_shape.room = is_wide ? 16 : 256;
   const View target = MakeView(side, random, target_shape);
 
   GatherRowsArgs args;
@@ -35,12 +45,14 @@ Outcome GatherCase(Side& side, Random& random) {
   args.rows = rows;
   args.kv_heads = kv_heads;
   args.head_dim = source_shape.head_dim;
-  args.index_stride = 200;
+  args.index_stride = is_wide ? 12 : 200;
   std::vector<int32_t> selected(rows * kv_heads);
   std::vector<int32_t> index(selected.size() * args.index_stride, -1);
   for (int32_t pair = 0; pair < rows * kv_heads; ++pair) {
     const int32_t length = std::max(source_shape.lengths[pair / kv_heads], 0);
-    selected[pair] = length == 0 ? 0 : Between(random, 0, std::min(length, 200));
+    selected[pair] =
+        length == 0 ? 0
+                    : Between(random, 0, std::min(length, static_cast<int32_t>(args.index_stride)));
     for (int32_t j = 0; j < selected[pair]; ++j) {
       index[pair * args.index_stride + j] = Between(random, 0, length - 1);
     }
@@ -75,10 +87,13 @@ Outcome CopyTileCase(Side& side, Random& random) {
   source_shape.tier = random.Bernoulli(0.5) ? Tier::kHost : Tier::kDevice;
   source_shape.lengths =
       Pick<std::vector<int32_t>>(random, {{1}, {0, 17, 40}, {300, -1, 64}, {500}});
+  const bool is_wide = random.Bernoulli(0.03);
+  if (is_wide) MakeWide(random, source_shape);
   const View source = MakeView(side, random, source_shape);
   CopyTileArgs args;
   args.first_token = Pick(random, {0, 0, 1, 32, 100});
   args.tokens = Pick(random, {0, 1, 31, 64, 200});
+  if (is_wide) args.first_token = Between(random, 0, 3), args.tokens = 12;
   args.rows = static_cast<int32_t>(source_shape.lengths.size());
   args.kv_heads = source_shape.kv_heads;
   args.head_dim = source_shape.head_dim;
@@ -92,7 +107,7 @@ Outcome CopyTileCase(Side& side, Random& random) {
   target_shape.layout = Between(random, 0, 1);
   target_shape.table = random.Bernoulli(0.5);
   target_shape.lengths.assign(args.rows, 0);
-  target_shape.room = 256;
+  target_shape.room = is_wide ? 16 : 256;
   const View target = MakeView(side, random, target_shape);
   args.target = target.view;
   args.source = source.view;

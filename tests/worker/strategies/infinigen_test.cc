@@ -338,7 +338,8 @@ TEST(InfinigenTest, FetchAllIsAControlWithoutSpeculation) {
       InferenceEngine::Create(backend.get(), model.get(), arm, SmallEngine(256), {});
   ASSERT_TRUE(engine.ok()) << engine.status();
   CacheStrategy& strategy = (*engine)->strategy();
-  EXPECT_EQ(strategy.engagement_rule().text, "");
+  EXPECT_EQ(strategy.engagement_rule().text, "entries were fetched from the host");
+  EXPECT_TRUE(strategy.EngagementExpected({100, 50}, 110));
   EXPECT_EQ(strategy.TokenBudget({100, 50}), -1);
   EXPECT_EQ(strategy.manager().PeakBytes({100, 50}).device, 0u);
   EXPECT_TRUE(model->skewing_cache().empty());

@@ -9,6 +9,7 @@
 #include "tests/worker/engine/engine_fixture.h"
 #include "worker/engine/shape_catalogue.h"
 #include "worker/strategies/catalogue.h"
+#include "worker/strategies/tile_ring.h"
 
 namespace kvsweep {
 namespace {
@@ -156,8 +157,6 @@ TEST_F(MemoryModelTest, ARequestOfKnownLengthEndsThere) {
   }
 }
 
-// Savings that H2O's published logs show, by the manager's own bytes: slabs are whole pages, and
-// scores and positions cost 8 bytes a head, so they are up to 1.5 % below keys and values alone.
 TEST(KvDtypeTest, TheModelsOwnButInTheFormatThatIsComputedWhereThatIsAsWide) {
   Kv kv;
   EXPECT_EQ(KvDtype(kv, DType::kF16, DType::kF32), DType::kF16);
@@ -167,6 +166,16 @@ TEST(KvDtypeTest, TheModelsOwnButInTheFormatThatIsComputedWhereThatIsAsWide) {
   EXPECT_EQ(KvDtype(kv, DType::kBf16, DType::kBf16), DType::kF16);
 }
 
+TEST(RingTokensTest, TilesAreLongWhereTheBudgetIsLarge) {
+  constexpr uint64_t kToken = 16384;
+  EXPECT_EQ(RingTokens(256, 100000, kToken, uint64_t{1} << 30), 256);
+  EXPECT_EQ(RingTokens(256, 100000, kToken, (uint64_t{1} << 30) + 1), 1024);
+  EXPECT_EQ(RingTokens(256, 700, kToken, uint64_t{20} << 30), 700);
+  EXPECT_EQ(RingTokens(2048, 100000, kToken, uint64_t{20} << 30), 2048);
+}
+
+// Savings that H2O's published logs show, by the manager's own bytes: slabs are whole pages, and
+// scores and positions cost 8 bytes a head, so they are up to 1.5 % below keys and values alone.
 TEST(PublishedMemoryTest, H2oSavesWhatItsLogsShow) {
   struct Check {
     const char* shape;
