@@ -174,8 +174,9 @@ ProjectedWeights ThroughMatrices(std::span<const float> weight, std::span<const 
     const float* const through = matrix.data() + head / static_cast<size_t>(group) * dim * width;
     for (size_t i = 0; i < width && !bias.empty(); ++i) {
       double shift = 0;
-      for (size_t j = 0; j < dim; ++j)
+      for (size_t j = 0; j < dim; ++j) {
         shift += double{through[j * width + i]} * bias[head * dim + j];
+      }
       projected.bias[head * width + i] = static_cast<float>(shift);
     }
     std::array<double, kBlock> sums;
@@ -185,6 +186,7 @@ ProjectedWeights ThroughMatrices(std::span<const float> weight, std::span<const 
         sums.fill(0.0);
         for (size_t j = 0; j < dim; ++j) {
           const double factor = through[j * width + i];
+          if (factor == 0) continue;  // most are, where columns are picked
           const float* const source = weight.data() + (head * dim + j) * inner + first;
           for (size_t k = 0; k < count; ++k) sums[k] += factor * source[k];
         }
