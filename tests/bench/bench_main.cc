@@ -310,7 +310,7 @@ class Command {
  private:
   // The arms of `step`: those of the offloading table are over given counts too.
   static std::vector<OffloadArm> StepArms(int64_t context) {
-    std::vector<OffloadArm> arms = OffloadArms(context, std::max<int64_t>(1, context / 40 * 2));
+    std::vector<OffloadArm> arms = OffloadArms(context, context / 20);
     OffloadArm paged;
     paged.arm.set_name("paged");
     paged.arm.set_strategy("paged");

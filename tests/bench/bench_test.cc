@@ -2,8 +2,6 @@
 // and that every kernel's case and every row of the targets runs, small, on the CPU backend.
 #include "tests/bench/bench.h"
 
-#include <cstdlib>
-#include <filesystem>
 #include <set>
 
 #include "absl/strings/match.h"
@@ -156,14 +154,6 @@ TEST(HiddenShare, IsOfWhatCouldBeHidden) {
 
 class ResultFileTest : public ::testing::Test {
  protected:
-  ResultFileTest() {
-    const std::string pattern = (std::filesystem::temp_directory_path() / "bench.XXXXXX").string();
-    folder_ = pattern;
-    folder_ = mkdtemp(folder_.data());
-    path_ = folder_ + "/results.json";
-  }
-  ~ResultFileTest() override { std::filesystem::remove_all(folder_); }
-
   ResultFile Open(const std::string& table = "targets", bool fresh = false) {
     absl::StatusOr<ResultFile> file = ResultFile::Open(
         path_, {.table = table, .device = {.backend = "cpu", .device = "laptop"}}, fresh);
@@ -179,8 +169,8 @@ class ResultFileTest : public ::testing::Test {
     return row;
   }
 
-  std::string folder_;
-  std::string path_;
+  TempDir folder_;
+  const std::string path_ = folder_.Join("results.json");
 };
 
 TEST_F(ResultFileTest, KeepsRowsAndLimitsForTheNextRun) {
@@ -239,7 +229,7 @@ TEST_F(ResultFileTest, PeersAreReadAndTheFastestOneWithoutErrorCounts) {
   ASSERT_TRUE(peers.ok()) << peers.status();
   EXPECT_EQ(peers->Best("c")->peer, "d");
   EXPECT_EQ(peers->Best("x"), nullptr);
-  EXPECT_FALSE(ReadPeers(folder_ + "/none.json").ok());
+  EXPECT_FALSE(ReadPeers(folder_.Join("none.json")).ok());
 }
 
 // ------------------------------------------------------------------------------------------- rows

@@ -48,6 +48,7 @@ Arm H2oArm(const std::string& name, int64_t budget, H2o::Tier tier) {
   return arm;
 }
 
+// Fetches `fetched` entries, rounded down to an even number as budgets are.
 Arm InfinigenArm(const std::string& name, int64_t fetched) {
   Arm arm;
   arm.set_name(name);
@@ -57,7 +58,7 @@ Arm InfinigenArm(const std::string& name, int64_t fetched) {
   infinigen.set_alpha(std::numeric_limits<double>::infinity());
   infinigen.set_max_kv_ratio(1);
   infinigen.set_budget_base(BUDGET_BASE_FIXED);
-  infinigen.set_budget_tokens(static_cast<uint32_t>(fetched));
+  infinigen.set_budget_tokens(static_cast<uint32_t>(std::max<int64_t>(1, fetched / 2 * 2)));
   infinigen.set_calibration_tokens(128);
   ApplyDefaults(&arm);
   return arm;
@@ -75,7 +76,7 @@ Arm FetchAllArm(const std::string& name) {
 // The three arms as every table but the offloading one has them.
 std::vector<Arm> ThreeArms(int64_t context) {
   return {PagedArm(), H2oArm("h2o", context / 5, H2o::TIER_DEVICE),
-          InfinigenArm("infinigen", std::max<int64_t>(context / 40 * 2, 1))};
+          InfinigenArm("infinigen", context / 20)};
 }
 
 int64_t FetchedBy(const Arm& arm) {
@@ -522,15 +523,14 @@ void Maker::AddHidden() {
   // Where compute is longer than the transfer, all of it can be hidden.
   const std::string grouped = sizes_.grouped;
   const int64_t tokens = Shrink(4096);
-  const int64_t fetched = Shrink(74);
-  Arm arm = InfinigenArm("infinigen-resident", fetched);
+  Arm arm = InfinigenArm("infinigen-resident", Shrink(74));
   arm.mutable_infinigen()->set_full_layers_on_device(true);
   ResultRow& row =
       Add(absl::StrCat("hidden ", grouped, " B=", rows, " context=", tokens, " infinigen-resident"),
           absl::StrCat("transfer hidden behind compute, ", grouped,
                        ", B 8, 4,096 tokens, 74 fetched, layers 0 and 1 resident"),
           [=](Bench& bench, ResultRow* row) {
-            return TimeHidden(bench, grouped, arm, rows, tokens, fetched, false, row);
+            return TimeHidden(bench, grouped, arm, rows, tokens, FetchedBy(arm), false, row);
           });
   Hold(row, 0.9, true);
 }
@@ -636,19 +636,20 @@ void Maker::AddShape(const std::string& model, int64_t rows, int64_t context) {
 }  // namespace
 
 std::vector<OffloadArm> OffloadArms(int64_t context, int64_t selected) {
-  selected = std::max<int64_t>(1, selected / 2 * 2);  // as budgets are
   std::vector<OffloadArm> arms;
   arms.push_back({.arm = FetchAllArm("fetch-all"), .target = 0.9});
   Arm all_late = FetchAllArm("fetch-all-no-prefetch");
   all_late.mutable_infinigen()->set_prefetch(false);
   arms.push_back({.arm = all_late});
-  arms.push_back({.arm = InfinigenArm("infinigen", selected), .fetched = selected, .target = 0.85});
+  const Arm infinigen = InfinigenArm("infinigen", selected);
+  const int64_t fetched = FetchedBy(infinigen);
+  arms.push_back({.arm = infinigen, .fetched = fetched, .target = 0.85});
   Arm late = InfinigenArm("infinigen-no-prefetch", selected);
   late.mutable_infinigen()->set_prefetch(false);
-  arms.push_back({.arm = late, .fetched = selected});
+  arms.push_back({.arm = late, .fetched = fetched});
   Arm resident = InfinigenArm("infinigen-resident", selected);
   resident.mutable_infinigen()->set_full_layers_on_device(true);
-  arms.push_back({.arm = resident, .fetched = selected});
+  arms.push_back({.arm = resident, .fetched = fetched});
   const int64_t budget = std::max<int64_t>(2, context / 5 / 2 * 2);
   arms.push_back({.arm = H2oArm("h2o-device", budget, H2o::TIER_DEVICE), .target = 0.85});
   arms.push_back({.arm = H2oArm("h2o-host", budget, H2o::TIER_HOST), .target = 0.85});
