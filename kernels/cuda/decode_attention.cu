@@ -48,6 +48,12 @@ struct Part {
   int32_t end;
 };
 
+// Stored tokens of an active row, whatever part of them a call attends to.
+__device__ __forceinline__ int32_t WholeLength(const KvView& view, int64_t row, int32_t kv_head) {
+  if (view.length == nullptr) return 0;
+  return view.length[row * view.length_stride + kv_head * view.length_head_stride];
+}
+
 __device__ __forceinline__ Part FindPart(const DecodeAttentionArgs& args, int32_t heads,
                                          int32_t group) {
   Part part;
@@ -57,11 +63,7 @@ __device__ __forceinline__ Part FindPart(const DecodeAttentionArgs& args, int32_
   part.row = part.pair / heads;
   const bool active = IsActive(args.row_active, part.row);
   part.stored = active ? KvLength(args.view, part.row, part.head / group) : 0;
-  part.whole = 0;
-  if (active && args.view.length != nullptr) {
-    part.whole = args.view.length[part.row * args.view.length_stride +
-                                  part.head / group * args.view.length_head_stride];
-  }
+  part.whole = active ? WholeLength(args.view, part.row, part.head / group) : 0;
   part.attended = part.stored + (active && args.current_key.data != nullptr ? 1 : 0);
   if (args.plan.splits == 1) {
     part.used = 1;
@@ -141,12 +143,7 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t head = static_cast<int32_t>(index % args.query_heads);
   int32_t entries = 0;
   if (IsActive(args.row_active, row)) {
-    if (args.view.length != nullptr) {
-      entries =
-          args.view
-              .length[row * args.view.length_stride +
-                      head / (args.query_heads / args.kv_heads) * args.view.length_head_stride];
-    }
+    entries = WholeLength(args.view, row, head / (args.query_heads / args.kv_heads));
     if (args.current_key.data != nullptr) ++entries;
   }
   const int32_t first = static_cast<int32_t>(blockIdx.y) * kNormalisedAtOnce;

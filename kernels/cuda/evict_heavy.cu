@@ -1,9 +1,9 @@
 // H2O's step after decode attention, fused: a block (or, where there are many slots, several that
-// share their memory, a cluster) takes one row and KV head, updates the scores
-// of all its slots, finds the least of the heavy ones on the way, and puts the new token in its
-// place. Its time is that of memory's answers in turn, so whatever may be needed is asked for at
-// once: where slots lie, ahead of the earlier kernel's end; then probabilities, scores, positions
-// and both rows that may move. After one reduction nothing is left but to write.
+// share their memory, a cluster) takes one row and KV head, updates the scores of all its slots,
+// finds the least of the heavy ones on the way, and puts the new token in its place. Its time is
+// that of memory's answers in turn, so whatever may be needed is asked for at once: where slots
+// lie, ahead of the earlier kernel's end; then probabilities, scores, positions and both rows that
+// may move. After one reduction nothing is left but to write.
 #include <cmath>
 
 #include "kernels/cuda/cluster.cuh"
