@@ -3,6 +3,7 @@
 #ifndef KVSWEEP_KERNELS_CUDA_BULK_COPY_CUH_
 #define KVSWEEP_KERNELS_CUDA_BULK_COPY_CUH_
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -26,7 +27,7 @@ __device__ __forceinline__ void ArriveExpecting(uint32_t barrier, uint32_t bytes
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// Until the phase of that parity has ended.
+// Until the phase of that parity has ended: at once for parity 1 of a new barrier.
 __device__ __forceinline__ void WaitPhase(uint32_t barrier, uint32_t parity) {
   uint32_t ended = 0;
   while (ended == 0) {
@@ -53,6 +54,32 @@ __device__ __forceinline__ void CopyBulk(uint32_t target, const void* source, ui
       "[%0], [%1], %2, [%3], %4;" ::"r"(target),
       "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
+}
+
+// The box of a matrix (tensor_map.h: MakeMatrixMap) at (column, row), to shared memory; elements
+// outside of it are zeros. Its bytes count at `barrier`.
+__device__ __forceinline__ void CopyMatrixBox(uint32_t target, const CUtensorMap& map,
+                                              uint32_t barrier, int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(target),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+__device__ __forceinline__ void CopyMatrixBox(uint32_t target, const CUtensorMap& map,
+                                              uint32_t barrier, int column, int row,
+                                              uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
+      : "memory");
+}
+
+// Between this thread's ordinary accesses to shared memory and products or copies of other threads:
+// these see what it wrote, and overwrite nothing that it has yet to read.
+__device__ __forceinline__ void FenceAsyncProxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Threads of some warps of the block meet; `name` 1 .. 15, `threads` a multiple of 32.

@@ -149,10 +149,10 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    InitBarrier(SharedAddress(&shared.key_full), 1);
+    InitialiseBarrier(SharedAddress(&shared.key_full), 1);
     for (int stage = 0; stage < kStages; ++stage) {
-      InitBarrier(SharedAddress(&shared.full[stage]), 2);
-      InitBarrier(SharedAddress(&shared.empty[stage]), 4 * Shape::kConsumers);
+      InitialiseBarrier(SharedAddress(&shared.full[stage]), 2);
+      InitialiseBarrier(SharedAddress(&shared.empty[stage]), 4 * Shape::kConsumers);
     }
     PublishBarriers();
   }
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
       }
       for (int tile = first_tile; tile < end_tile; ++tile) {
         for (int q = 0; q < group; ++q) {
-          Wait(SharedAddress(&shared.empty[place.stage]), place.parity ^ 1);
+          WaitPhase(SharedAddress(&shared.empty[place.stage]), place.parity ^ 1);
           const uint32_t ready = SharedAddress(&shared.full[place.stage]);
           if (lane == 0) {
             ArriveExpecting(ready, kPanels * kQueryPanelBytes);
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
                   args.log_sum_exp[int64_t{row} * args.query_heads + kv_head * group + q] * kLog2E;
             }
           }
-          Wait(SharedAddress(&shared.empty[place.stage]), place.parity ^ 1);
+          WaitPhase(SharedAddress(&shared.empty[place.stage]), place.parity ^ 1);
           for (int i = 0; i < kColumnSumRows / 32; ++i) {
             shared.offset[place.stage][i * 32 + lane] = offset[i];
           }
@@ -228,13 +228,13 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
     const int group_key = first + consumer.group * Shape::kGroupKeys;
     const int own = warp % 4 * 16 + lane / 4;  // of each product's keys
     RingPlace<kStages> place;
-    Wait(SharedAddress(&shared.key_full), 0);
+    WaitPhase(SharedAddress(&shared.key_full), 0);
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) consumer.sum[i][0] = consumer.sum[i][1] = 0.0f;
     for (int tile = first_tile; tile < end_tile; ++tile) {
       const int first_row = tile * kColumnSumRows;
       for (int q = 0; q < group; ++q) {
-        Wait(SharedAddress(&shared.full[place.stage]), place.parity);
+        WaitPhase(SharedAddress(&shared.full[place.stage]), place.parity);
         BeginProducts();
 #pragma unroll
         for (int i = 0; i < kProducts; ++i) consumer.Start(i, place.stage);

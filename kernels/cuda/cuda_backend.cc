@@ -419,13 +419,15 @@ void CudaBackend::Gemm(const GemmArgs& args, Stream stream) {
   if (args.rows == 0) return;
   const Scope scope(*this, "Gemm", stream);
   const cuda::LaunchContext context = ReadyKernel(stream);
+  const bool skinny = cuda::IsSkinnyProduct(args, context);
   cudaError_t error = cudaErrorNotSupported;
-  if (!options_.batch_invariant && cuda::ProductLibrary::Takes(args, context)) {
+  if (!options_.batch_invariant && !(skinny && cuda::IsSkinnyProductFaster(args)) &&
+      cuda::ProductLibrary::Takes(args, context)) {
     error = products_.Launch(args, context);
   }
   if (error == cudaErrorNotSupported) {
-    error = cuda::IsSkinnyProduct(args, context) ? cuda::LaunchSkinnyProduct(args, context)
-                                                 : cuda::LaunchGeneralProduct(args, context);
+    error = skinny ? cuda::LaunchSkinnyProduct(args, context)
+                   : cuda::LaunchGeneralProduct(args, context);
   }
   Note(error, "Gemm");
 }

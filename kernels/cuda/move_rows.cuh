@@ -180,10 +180,10 @@ inline bool CanMoveWide(const KvView& target, const KvView& source, int32_t head
   return IsAligned(target) && IsAligned(source) && head_dim * DTypeBytes(source.dtype) % 16 == 0;
 }
 
-// Over the link few blocks, on the device a few for each multiprocessor; never more than there is
-// work for.
+// Over the link as many blocks as fill it (16 do not on every host, 64 are no faster than 32), on
+// the device a few for each multiprocessor; never more than there is work for.
 inline int MoveBlocks(const LaunchContext& context, int64_t batches) {
-  const int64_t most = context.link_bytes != nullptr ? 16 : 4 * int64_t{context.multiprocessors};
+  const int64_t most = context.link_bytes != nullptr ? 32 : 4 * int64_t{context.multiprocessors};
   const int64_t wanted = (batches + kMoveWarps - 1) / kMoveWarps;
   return static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }

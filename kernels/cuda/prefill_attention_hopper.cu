@@ -186,11 +186,11 @@ struct PrefillProducer {
     for (int tile = pair.tiles - 1; tile >= 0; --tile) {
       const int32_t block = next;
       next = FindBlock(tile - 1);
-      Wait(SharedAddress(&shared.key_empty[place.stage]), place.parity ^ 1);
+      WaitPhase(SharedAddress(&shared.key_empty[place.stage]), place.parity ^ 1);
       CopyTile(SharedAddress(shared.key[place.stage]), SharedAddress(&shared.key_full[place.stage]),
                maps.history_key, maps.chunk_key, maps.chunk_key_tile, args.history.key,
                args.chunk_key, tile, block, kv_head);
-      Wait(SharedAddress(&shared.value_empty[place.stage]), place.parity ^ 1);
+      WaitPhase(SharedAddress(&shared.value_empty[place.stage]), place.parity ^ 1);
       CopyTile(SharedAddress(shared.value[place.stage]),
                SharedAddress(&shared.value_full[place.stage]), maps.history_value, maps.chunk_value,
                maps.chunk_value_tile, args.history.value, args.chunk_value, tile, block, kv_head);
@@ -363,13 +363,13 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
       *reinterpret_cast<Shared*>(memory + (1024 - SharedAddress(memory) % 1024) % 1024);
   const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    InitBarrier(SharedAddress(&shared.query_full), 1);
-    InitBarrier(SharedAddress(&shared.query_empty), 4 * kConsumers);
+    InitialiseBarrier(SharedAddress(&shared.query_full), 1);
+    InitialiseBarrier(SharedAddress(&shared.query_empty), 4 * kConsumers);
     for (int stage = 0; stage < kStages; ++stage) {
-      InitBarrier(SharedAddress(&shared.key_full[stage]), 1);
-      InitBarrier(SharedAddress(&shared.key_empty[stage]), 4 * kConsumers);
-      InitBarrier(SharedAddress(&shared.value_full[stage]), 1);
-      InitBarrier(SharedAddress(&shared.value_empty[stage]), 4 * kConsumers);
+      InitialiseBarrier(SharedAddress(&shared.key_full[stage]), 1);
+      InitialiseBarrier(SharedAddress(&shared.key_empty[stage]), 4 * kConsumers);
+      InitialiseBarrier(SharedAddress(&shared.value_full[stage]), 1);
+      InitialiseBarrier(SharedAddress(&shared.value_empty[stage]), 4 * kConsumers);
     }
     PublishBarriers();
   }
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
       for (uint32_t turn = 0;; ++turn) {
         int32_t next = 0;
         if (lane == 0) next = gridDim.x + atomicAdd(tickets, 1);
-        Wait(SharedAddress(&shared.query_empty), (turn & 1) ^ 1);
+        WaitPhase(SharedAddress(&shared.query_empty), (turn & 1) ^ 1);
         const uint32_t full = SharedAddress(&shared.query_full);
         if (drawn >= schedule.pairs) {
           if (lane == 0) {
@@ -428,7 +428,7 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
     RingPlace<kStages> keys;
     RingPlace<kStages> values;
     for (uint32_t turn = 0;; ++turn) {
-      Wait(SharedAddress(&shared.query_full), turn & 1);
+      WaitPhase(SharedAddress(&shared.query_full), turn & 1);
       const int32_t number = __shfl_sync(~0u, lane == 0 ? atomicAdd(&shared.pair, 0) : 0, 0);
       if (number < 0) break;
       const Pair pair(args, schedule, number);
@@ -444,7 +444,7 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
         consumer.Weigh(shrink);
       };
       for (int tile = pair.tiles - 1; tile >= 0; --tile) {
-        Wait(SharedAddress(&shared.key_full[keys.stage]), keys.parity);
+        WaitPhase(SharedAddress(&shared.key_full[keys.stage]), keys.parity);
         BeginProducts();
         consumer.StartScores(keys.stage);
         WaitProducts<0>();
@@ -455,7 +455,7 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
         weigh(tile);
         consumer.Round();
         consumer.Shrink(shrink);
-        Wait(SharedAddress(&shared.value_full[values.stage]), values.parity);
+        WaitPhase(SharedAddress(&shared.value_full[values.stage]), values.parity);
         BeginProducts();
         consumer.StartOutput(values.stage);
         WaitProducts<0>();

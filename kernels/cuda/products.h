@@ -1,7 +1,7 @@
-// The three ways of a projection. The library's is the fastest, of few rows too: on an H200 it
-// reads Llama-3.1-8B's weights at 71 to 81 % of the device's bandwidth for 64 to 1 rows. The skinny
-// one adds in an order that no row count changes, so batch-invariant mode has it. The general one
-// takes any shape, alignment and format, and adds in the order of the columns.
+// The three ways of a projection. The skinny one adds in an order that no row count changes, so
+// batch-invariant mode has it, and on Hopper it is the fastest for up to 16 rows. The library's is
+// the fastest for more. The general one takes any shape, alignment and format, and adds in the
+// order of the columns.
 #ifndef KVSWEEP_KERNELS_CUDA_PRODUCTS_H_
 #define KVSWEEP_KERNELS_CUDA_PRODUCTS_H_
 
@@ -18,16 +18,22 @@
 
 namespace kvsweep::cuda {
 
-// Rows that the skinny product takes in one pass over the weights.
-inline constexpr int32_t kSkinnyRows = 64;
-
 cudaError_t LaunchGeneralProduct(const GemmArgs& args, const LaunchContext& context);
 
 // Whether the skinny product takes these arguments: bf16, and 16-byte accesses everywhere.
 bool IsSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
-// REQUIRES: IsSkinnyProduct. More than kSkinnyRows rows take several passes. The order in which an
-// output is summed depends on the weights' shape and on the device alone, never on the rows.
+// Whether it is faster than the library's. REQUIRES: IsSkinnyProduct.
+bool IsSkinnyProductFaster(const GemmArgs& args);
+// REQUIRES: IsSkinnyProduct. More than 64 rows, on Hopper 32, take several passes over the weights.
+// The order in which an output is summed depends on the weights' shape and on the device alone,
+// never on the rows.
 cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
+
+// Its kernel for Hopper (skinny_product_hopper.cu): whether it runs on the current device, and one
+// pass of at most kHopperSkinnyRows rows.
+inline constexpr int32_t kHopperSkinnyRows = 32;
+bool HasHopperSkinnyProduct();
+cudaError_t LaunchHopperSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
 
 // The end of a product whose `sums` [T, N] (rows sums_stride apart, 16-byte aligned) are there:
 // out = activation(sums + bias), added to what out holds if accumulate.

@@ -1,4 +1,5 @@
-// A projection of few rows, bound by reading the weights once: for every architecture.
+// A projection of few rows, bound by reading the weights once: for every architecture, and which
+// kernel serves (skinny_product_hopper.cu has the other).
 //
 // A unit is 128 outputs x 64 columns; product_shares.cuh says who multiplies which. Weights stream
 // through a ring in shared memory in which each thread copies and reads its own sixteen bytes:
@@ -260,6 +261,8 @@ cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
                          kShared, args, shares, workspace);
 }
 
+constexpr int32_t kMostRows = 64;  // of a pass
+
 cudaError_t LaunchRows(const GemmArgs& args, const LaunchContext& context) {
   if (args.rows <= 8) return LaunchTiles<1>(args, context);
   if (args.rows <= 16) return LaunchTiles<2>(args, context);
@@ -275,14 +278,22 @@ bool IsSkinnyProduct(const GemmArgs& args, const LaunchContext& context) {
          CanVectorise<__nv_bfloat16>(args.in.data, args.in.stride, args.in_columns);
 }
 
+bool IsSkinnyProductFaster(const GemmArgs& args) {
+  return args.rows <= 16 && HasHopperSkinnyProduct();
+}
+
 cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& context) {
-  for (int32_t row = 0; row < args.rows; row += kSkinnyRows) {
+  const bool on_hopper = HasHopperSkinnyProduct();
+  const int32_t most = on_hopper ? kHopperSkinnyRows : kMostRows;
+  for (int32_t row = 0; row < args.rows; row += most) {
     GemmArgs part = args;
-    part.rows = std::min(kSkinnyRows, args.rows - row);
+    part.rows = std::min(most, args.rows - row);
     part.in.data = static_cast<std::byte*>(args.in.data) + row * args.in.stride * 2;
     part.out.data =
         static_cast<std::byte*>(args.out.data) + row * args.out.stride * (args.f32_out ? 4 : 2);
-    const cudaError_t error = LaunchRows(part, row == 0 ? context : AfterKernel(context));
+    const LaunchContext behind = row == 0 ? context : AfterKernel(context);
+    const cudaError_t error =
+        on_hopper ? LaunchHopperSkinnyProduct(part, behind) : LaunchRows(part, behind);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -27,7 +27,19 @@ struct TensorShape {
   uint32_t box_rows = 0;
 };
 
-inline cudaError_t MakeTensorMap(const TensorShape& shape, CUtensorMap& map) {
+// A matrix [rows, columns] of which a box lies in shared memory as it is: box_rows rows of
+// box_columns columns, at most 256 of both.
+struct MatrixShape {
+  const void* data = nullptr;  // at a multiple of 16 bytes
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t row_stride = 0;  // elements, a multiple of 8
+  uint32_t box_rows = 0;
+  uint32_t box_columns = 0;
+};
+
+// The driver's function, or nullptr where it has none.
+inline auto TensorMapEncoder() {
   static const auto encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
@@ -37,7 +49,26 @@ inline cudaError_t MakeTensorMap(const TensorShape& shape, CUtensorMap& map) {
                ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)
                : nullptr;
   }();
+  return encode;
+}
+
+// `strides` of all dimensions but the first, bytes.
+template <size_t kRank>
+cudaError_t EncodeTensorMap(const void* data, const cuuint64_t (&sizes)[kRank],
+                            const cuuint64_t* strides, const cuuint32_t (&box)[kRank],
+                            CUtensorMapSwizzle swizzle, CUtensorMap& map) {
+  const auto encode = TensorMapEncoder();
   if (encode == nullptr) return cudaErrorNotSupported;
+  cuuint32_t steps[kRank];
+  std::fill_n(steps, kRank, 1);
+  const CUresult made =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes, strides,
+             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline cudaError_t MakeTensorMap(const TensorShape& shape, CUtensorMap& map) {
   const auto bytes = [](int64_t elements) {
     return static_cast<cuuint64_t>(std::max<int64_t>(elements, 8) * 2);
   };
@@ -47,12 +78,15 @@ inline cudaError_t MakeTensorMap(const TensorShape& shape, CUtensorMap& map) {
   const cuuint64_t strides[] = {bytes(shape.row_stride), bytes(shape.head_stride),
                                 bytes(shape.block_stride)};
   const cuuint32_t box[] = {64, shape.box_rows, 1, 1};
-  const cuuint32_t steps[] = {1, 1, 1, 1};
-  const CUresult made =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(shape.data), sizes,
-             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return EncodeTensorMap(shape.data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B, map);
+}
+
+inline cudaError_t MakeMatrixMap(const MatrixShape& shape, CUtensorMap& map) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.columns),
+                              static_cast<cuuint64_t>(shape.rows)};
+  const cuuint64_t stride = static_cast<cuuint64_t>(shape.row_stride) * 2;
+  const cuuint32_t box[] = {shape.box_columns, shape.box_rows};
+  return EncodeTensorMap(shape.data, sizes, &stride, box, CU_TENSOR_MAP_SWIZZLE_NONE, map);
 }
 
 // Rows of activations: head h of row r at (0, r, h, 0).
@@ -86,8 +120,8 @@ inline bool HoldsBoxes(const KvView& view, int32_t box_rows) {
   return view.block_table == nullptr || view.block_size % box_rows == 0;
 }
 
-// Whether a kernel of wgmma.cuh can run on the current device: elsewhere its body is empty and
-// needs next to no registers.
+// Whether a kernel that is compiled for sm_90a alone can run on the current device: elsewhere its
+// body is empty and needs next to no registers.
 template <typename Kernel>
 bool IsBuilt(Kernel* kernel) {
   cudaFuncAttributes attributes;
@@ -95,7 +129,7 @@ bool IsBuilt(Kernel* kernel) {
     cudaGetLastError();
     return false;
   }
-  return attributes.numRegs > 64;
+  return attributes.numRegs > 32;
 }
 
 }  // namespace kvsweep::cuda

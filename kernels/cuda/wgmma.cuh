@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/bulk_copy.cuh"
 #include "kernels/cuda/mma.cuh"
 
 namespace kvsweep::cuda {
@@ -20,41 +21,6 @@ namespace kvsweep::cuda {
 inline constexpr int kWarpgroup = 128;    // threads
 inline constexpr int kPanelColumns = 64;  // elements
 inline constexpr int kPanelRowBytes = 128;
-
-// ------------------------------------------------------------------------------------------
-// barriers
-
-// A barrier is 8 bytes of shared memory. Its phases end when `arrivals` threads have arrived and
-// the bytes that they announced are there; Wait(parity) returns once the phase of that parity has
-// ended, at once for parity 1 of a new barrier.
-__device__ __forceinline__ void InitBarrier(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-// After the last InitBarrier, before the threads are synchronised.
-__device__ __forceinline__ void PublishBarriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void Arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void ArriveExpecting(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void Wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
-}
 
 // A ring of stages that producers fill and consumers empty: which stage comes next, and the parity
 // of the phase that fills it.
@@ -85,10 +51,6 @@ __device__ __forceinline__ void CopyBox(uint32_t target, const CUtensorMap& map,
 }
 __device__ __forceinline__ void PrefetchMap(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-// Makes this thread's ordinary writes to shared memory visible to products and copies.
-__device__ __forceinline__ void FenceAsyncProxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ------------------------------------------------------------------------------------------

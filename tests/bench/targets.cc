@@ -99,7 +99,10 @@ class Maker {
  public:
   explicit Maker(const BenchSizes& sizes) : sizes_(sizes) {}
 
-  int64_t Shrink(int64_t value) const { return std::max<int64_t>(1, value / sizes_.shrink); }
+  // Of what there is at least one of; nothing stays nothing.
+  int64_t Shrink(int64_t value) const {
+    return value == 0 ? 0 : std::max<int64_t>(1, value / sizes_.shrink);
+  }
 
   ResultRow& Add(std::string name, std::string what,
                  std::function<absl::Status(Bench&, ResultRow*)> measure) {

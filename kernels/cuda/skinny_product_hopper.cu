@@ -1,0 +1,254 @@
+// A projection of a few rows on Hopper: the copy engine streams weights and activations through a
+// ring in shared memory, and the weights of the next product are on their way before the kernels
+// between two products have ended.
+//
+// A block has a contiguous range of groups of 32 outputs, with all their columns, so that nothing
+// is summed across blocks. One thread asks for units: 256 columns of a group and of all rows. Of
+// each unit every warp multiplies its 32 columns; at a group's end the block adds the warps' sums
+// in their order. So an output's order of summing depends on the number of columns alone.
+//
+// The columns of a warp are taken in another order, the same for weights and activations, in which
+// a thread's fragments are contiguous.
+#include <algorithm>
+
+#include "kernels/cuda/bulk_copy.cuh"
+#include "kernels/cuda/dependent_launch.cuh"
+#include "kernels/cuda/device_math.cuh"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/product_shares.cuh"
+#include "kernels/cuda/products.h"
+#include "kernels/cuda/tensor_map.h"
+
+namespace kvsweep::cuda {
+namespace {
+
+constexpr int kWarps = 8;  // that multiply; one more copies
+constexpr int kThreads = kWarp * (kWarps + 1);
+constexpr int kOutputTiles = 2;  // of 16 outputs
+constexpr int kOutputs = 16 * kOutputTiles;
+constexpr int kColumns = 32 * kWarps;  // the most that a box can have
+constexpr int kUnitRowBytes = kColumns * 2;
+constexpr int kWeightBytes = kOutputs * kUnitRowBytes;
+// Of the ring. Decode attention fits beside it, so that the product behind it starts early; a
+// longer one is no faster, but where many rows leave little of it to the weights.
+template <int kTokenTiles>
+constexpr int kRingBytes = (kTokenTiles <= 2 ? 120 : 192) * 1024;
+constexpr int kMostStages = 8;
+
+struct SkinnyMaps {
+  CUtensorMap weight;  // [N, K], boxes of kOutputs rows
+  CUtensorMap in;      // [T, K], boxes of T rows
+};
+
+// c [16, 8] += a [16, 16] * b [16, 8]; stands where it is written, before what is written behind
+// it.
+__device__ __forceinline__ void MultiplyInOrder(float (&c)[4], uint32_t a0, uint32_t a1,
+                                                uint32_t a2, uint32_t a3, uint32_t b0,
+                                                uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)
+      : "memory");
+}
+
+// Ends an output and stores it.
+template <typename Out>
+__device__ __forceinline__ void StoreOutput(const GemmArgs& args, int64_t at, float sum,
+                                            float bias) {
+  Out* const out = static_cast<Out*>(args.out.data) + at;
+  *out = FromFloat<Out>(FinishSum(args, sum, bias, args.accumulate ? ToFloat(*out) : 0.0f));
+}
+
+// kTokenTiles tiles of 8 rows of activations.
+template <int kTokenTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    HopperSkinnyProductKernel(const __grid_constant__ GemmArgs args,
+                              const __grid_constant__ SkinnyMaps maps, int64_t groups, int stages) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ uint64_t barriers[2 * kMostStages];
+  constexpr int kSums = kOutputTiles * kTokenTiles * 4;  // of a thread
+  constexpr int kElements = kSums * kWarp;               // of a group
+  const int unit_bytes = kWeightBytes + args.rows * kUnitRowBytes;
+  float* const joined = reinterpret_cast<float*>(shared + stages * unit_bytes);
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const uint32_t full = SharedAddress(barriers);
+  const uint32_t empty = full + kMostStages * 8;
+  ReleaseLaterKernels();
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < stages; ++stage) {
+      InitialiseBarrier(full + stage * 8, 1);
+      InitialiseBarrier(empty + stage * 8, kWarps);
+    }
+    PublishBarriers();
+  }
+  __syncthreads();
+  const int64_t first_group = groups * blockIdx.x / gridDim.x;
+  const int64_t end_group = groups * (blockIdx.x + 1) / gridDim.x;
+
+  if (warp == kWarps) {
+    if (lane != 0) {
+      WaitForEarlierKernels();
+      return;
+    }
+    int64_t group = first_group;
+    int column = 0;
+    const auto next_unit = [&] {
+      column += kColumns;
+      if (column < args.in_columns) return;
+      column = 0;
+      ++group;
+    };
+    const uint64_t policy = ReadOncePolicy();
+    const auto copy_weights = [&](int stage) {
+      const uint32_t barrier = full + stage * 8;
+      ArriveExpecting(barrier, unit_bytes);
+      CopyMatrixBox(SharedAddress(shared) + stage * unit_bytes, maps.weight, barrier, column,
+                    static_cast<int>(group) * kOutputs, policy);
+    };
+    const auto copy_rows = [&](int stage, int from) {
+      CopyMatrixBox(SharedAddress(shared) + stage * unit_bytes + kWeightBytes, maps.in,
+                    full + stage * 8, from, 0);
+    };
+    // Weights are constants of the model.
+    int filled = 0;
+    for (; filled < stages && group < end_group; ++filled) {
+      copy_weights(filled);
+      next_unit();
+    }
+    WaitForEarlierKernels();
+    int from = 0;
+    for (int stage = 0; stage < filled; ++stage) {
+      copy_rows(stage, from);
+      from = from + kColumns < args.in_columns ? from + kColumns : 0;
+    }
+    uint32_t parity = 0;
+    for (int stage = 0; group < end_group;) {
+      WaitPhase(empty + stage * 8, parity);
+      copy_weights(stage);
+      copy_rows(stage, column);
+      next_unit();
+      if (++stage == stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    return;
+  }
+
+  WaitForEarlierKernels();
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int64_t group = first_group; group < end_group; ++group) {
+    float sum[kOutputTiles][kTokenTiles][4] = {};
+    for (int column = 0; column < args.in_columns; column += kColumns) {
+      WaitPhase(full + stage * 8, parity);
+      const unsigned char* const weights =
+          shared + stage * unit_bytes + (warp * 32 + lane % 4 * 8) * 2;
+      const unsigned char* const rows = weights + kWeightBytes;
+      uint4 w[2 * kOutputTiles];
+      uint4 x[kTokenTiles];
+#pragma unroll
+      for (int piece = 0; piece < 2 * kOutputTiles; ++piece) {
+        w[piece] =
+            *reinterpret_cast<const uint4*>(weights + (piece * 8 + lane / 4) * kUnitRowBytes);
+      }
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const int row = min(t * 8 + lane / 4, args.rows - 1);
+        x[t] = *reinterpret_cast<const uint4*>(rows + row * kUnitRowBytes);
+      }
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+        for (int m = 0; m < kOutputTiles; ++m) {
+          const uint4 low = w[2 * m];
+          const uint4 high = w[2 * m + 1];
+          MultiplyInOrder(sum[m][t], low.x, high.x, low.y, high.y, x[t].x, x[t].y);
+          MultiplyInOrder(sum[m][t], low.z, high.z, low.w, high.w, x[t].z, x[t].w);
+        }
+      }
+      // Behind the products: only then has all that they read come out of the stage, which the
+      // copy engine overwrites next.
+      __syncwarp();
+      if (lane == 0) Arrive(empty + stage * 8);
+      if (++stage == stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+
+    float* const mine = joined + warp * kElements + lane;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) mine[i * kWarp] = (&sum[0][0][0])[i];
+    MeetWarps(1, kWarps * kWarp);
+    for (int i = warp; i < kSums; i += kWarps) {
+      const int row = i / 4 % kTokenTiles * 8 + lane % 4 * 2 + i % 2;
+      const int64_t output =
+          group * kOutputs + i / (4 * kTokenTiles) * 16 + i % 4 / 2 * 8 + lane / 4;
+      if (row >= args.rows || output >= args.out_columns) continue;
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += joined[w * kElements + i * kWarp + lane];
+      const float bias = args.bias == nullptr ? 0.0f : args.bias[output];
+      const int64_t at = row * args.out.stride + output;
+      if (args.f32_out) {
+        StoreOutput<float>(args, at, total, bias);
+      } else {
+        StoreOutput<__nv_bfloat16>(args, at, total, bias);
+      }
+    }
+    MeetWarps(1, kWarps * kWarp);
+  }
+#endif
+}
+
+template <int kTokenTiles>
+cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
+  SkinnyMaps maps;
+  cudaError_t error = MakeMatrixMap({.data = args.weight,
+                                     .rows = args.out_columns,
+                                     .columns = args.in_columns,
+                                     .row_stride = args.in_columns,
+                                     .box_rows = kOutputs,
+                                     .box_columns = kColumns},
+                                    maps.weight);
+  if (error != cudaSuccess) return error;
+  error = MakeMatrixMap({.data = args.in.data,
+                         .rows = args.rows,
+                         .columns = args.in_columns,
+                         .row_stride = args.in.stride,
+                         .box_rows = static_cast<uint32_t>(args.rows),
+                         .box_columns = kColumns},
+                        maps.in);
+  if (error != cudaSuccess) return error;
+  const int unit_bytes = kWeightBytes + args.rows * kUnitRowBytes;
+  const int stages = std::min(kMostStages, kRingBytes<kTokenTiles> / unit_bytes);
+  constexpr int kJoinedBytes = kOutputs * kTokenTiles * 8 * kWarps * 4;
+  const int bytes = stages * unit_bytes + kJoinedBytes;
+  const auto kernel = HopperSkinnyProductKernel<kTokenTiles>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t groups = DivideUp(args.out_columns, kOutputs);
+  const int64_t blocks = std::min<int64_t>(context.multiprocessors, groups);
+  return LaunchDependent(context, kernel, dim3(static_cast<unsigned>(blocks)), kThreads,
+                         static_cast<size_t>(bytes), args, maps, groups, stages);
+}
+
+}  // namespace
+
+bool HasHopperSkinnyProduct() {
+  static const bool built = IsBuilt(HopperSkinnyProductKernel<1>);
+  return built;
+}
+
+cudaError_t LaunchHopperSkinnyProduct(const GemmArgs& args, const LaunchContext& context) {
+  if (args.rows <= 8) return LaunchTiles<1>(args, context);
+  if (args.rows <= 16) return LaunchTiles<2>(args, context);
+  return LaunchTiles<4>(args, context);
+}
+
+}  // namespace kvsweep::cuda
