@@ -78,6 +78,7 @@ struct BackendInfo {
   std::string pci_address;  // of the device; empty: it is none on a bus
   std::string host_memory;  // where Tier::kHost lies, where that is a choice: for people
   bool beside_host = false;  // works while the host does something else, as soon as work is enqueued
+  bool batch_invariant = false;  // a row's result does not depend on the rows computed with it
   uint64_t device_memory_bytes = 0;
   DType activation_dtype = DType::kF32;
   DType weight_dtype = DType::kF32;  // of matrices and embedding tables

@@ -59,6 +59,7 @@ BackendInfo MakeInfo(const CpuBackendOptions& options, int threads) {
   info.driver = std::string(absl::StripAsciiWhitespace(cpu::BlasDescription()));
   info.device_memory_bytes =
       options.device_memory_bytes > 0 ? options.device_memory_bytes : PhysicalMemoryBytes();
+  info.batch_invariant = options.batch_invariant;
   info.activation_dtype = DType::kF32;
   info.weight_dtype = DType::kF32;
   return info;

@@ -268,6 +268,7 @@ absl::Status CudaBackend::Open() {
                                   VersionText(runtime)),
            .pci_address = PciAddress(options_.device),
            .beside_host = true,
+           .batch_invariant = options_.batch_invariant,
            .device_memory_bytes = options_.device_memory_bytes > 0 ? options_.device_memory_bytes
                                                                    : properties.totalGlobalMem,
            .activation_dtype = options_.dtype,

@@ -90,7 +90,7 @@ absl::Status H2oStrategy::AllocateMemory() {
   }
   if (on_host()) {
     ring_.emplace(context_.backend, memory_.scratch + layout.scratch.ring, context_.kv_dtype,
-                  layout.ring_tokens, layout.heads, context_.shape.head_dim);
+                  layout.ring_tokens, context_.max_decode_rows, layout.heads, context_.shape.head_dim);
   }
   return absl::OkStatus();
 }

@@ -65,7 +65,7 @@ absl::Status InfinigenStrategy::AllocateMemory() {
   LayOutInfinigen(layout(), context_, scratch_memory_, &scratch_);
   LayOutInfinigenHost(layout(), context_, host_scratch_memory_, &host_scratch_);
   ring_.emplace(context_.backend, scratch_.ring, context_.kv_dtype, layout().ring_tokens,
-                context_.shape.kv_heads, context_.shape.head_dim);
+                context_.max_decode_rows, context_.shape.kv_heads, context_.shape.head_dim);
   return absl::OkStatus();
 }
 

@@ -16,12 +16,13 @@ int32_t RingTokens(int32_t least, int64_t most, uint64_t token_bytes, uint64_t d
   return std::max(least, static_cast<int32_t>(tokens));
 }
 
-TileRing::TileRing(Backend* backend, std::byte* memory, DType dtype, int32_t tokens, int32_t heads,
-                   int32_t head_dim)
+TileRing::TileRing(Backend* backend, std::byte* memory, DType dtype, int32_t tokens,
+                   int32_t most_rows, int32_t heads, int32_t head_dim)
     : backend_(backend),
       memory_(memory),
       dtype_(dtype),
       tokens_(tokens),
+      fixed_rows_(backend->info().batch_invariant ? most_rows : 0),
       heads_(heads),
       head_dim_(head_dim),
       fork_(backend->CreateEvent()) {

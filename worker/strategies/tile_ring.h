@@ -22,12 +22,15 @@ int32_t RingTokens(int32_t least, int64_t most, uint64_t token_bytes, uint64_t d
 class TileRing {
  public:
   // `memory`: device memory of 2 x [tokens][heads][key, value][head_dim] elements of `dtype`.
-  // Borrows the backend.
-  TileRing(Backend* backend, std::byte* memory, DType dtype, int32_t tokens, int32_t heads,
-           int32_t head_dim);
+  // `most_rows`: of a step. Borrows the backend.
+  TileRing(Backend* backend, std::byte* memory, DType dtype, int32_t tokens, int32_t most_rows,
+           int32_t heads, int32_t head_dim);
 
-  // Tokens of a tile that `rows` sequences share.
-  int32_t TileTokens(int32_t rows) const { return tokens_ / rows; }
+  // Tokens of a tile that `rows` sequences share. Where a row's result must not depend on the rows
+  // beside it, tiles are as short as most_rows make them: attention adds tile after tile.
+  int32_t TileTokens(int32_t rows) const {
+    return tokens_ / (fixed_rows_ > 0 ? fixed_rows_ : rows);
+  }
   // How many tiles a step loads for sequences of at most `tokens` tokens: as many as they need,
   // rounded up to a ladder so that few graphs serve all lengths. At least 1.
   int32_t PaddedTiles(int32_t rows, int32_t tokens) const;
@@ -60,6 +63,7 @@ class TileRing {
   std::byte* memory_;
   DType dtype_;
   int32_t tokens_;
+  int32_t fixed_rows_;  // 0: those of the step
   int32_t heads_;
   int32_t head_dim_;
   Event fork_;
