@@ -16,7 +16,10 @@ namespace kvsweep {
 // model
 
 LoadedModel::LoadedModel(Backend* backend, const ModelConfig& config)
-    : backend_(backend), config_(config), skewing_cache_(std::make_unique<SkewingCache>()) {}
+    : backend_(backend),
+      config_(config),
+      skewing_cache_(std::make_unique<SkewingCache>()),
+      prepared_weights_(std::make_unique<PreparedWeights>()) {}
 
 LoadedModel::~LoadedModel() = default;
 
@@ -159,6 +162,7 @@ absl::Status InferenceEngine::Build(const StrategyFactory& factory) {
   context.backend = backend_;
   context.step_state = step_state_.get();
   context.query_weights = QueryWeightsOf(model_->weights());
+  context.prepared_weights = &model_->prepared_weights();
   const uint64_t arrays = step_state_->device_bytes();
   const uint64_t device = backend_->allocated_bytes(Tier::kDevice);
   const uint64_t host = backend_->allocated_bytes(Tier::kHost);

@@ -30,6 +30,7 @@
 #include "worker/engine/model_config.h"
 #include "worker/engine/weights.h"
 #include "worker/strategies/cache_strategy.h"
+#include "worker/strategies/prepared_weights.h"
 
 namespace kvsweep {
 
@@ -56,6 +57,8 @@ class LoadedModel {
   // columns from it. Grows only while trials are prepared.
   using SkewingCache = std::map<Digest, std::shared_ptr<const Skewing>>;
   SkewingCache& skewing_cache() const { return *skewing_cache_; }
+  // What arms have computed from the weights so far. Likewise.
+  PreparedWeights& prepared_weights() const { return *prepared_weights_; }
 
  private:
   LoadedModel(Backend* backend, const ModelConfig& config);
@@ -67,6 +70,7 @@ class LoadedModel {
   ModelWeights weights_;
   BackendMemory inverse_frequency_;  // [d/2] floats; empty where positions are not rotary
   std::unique_ptr<SkewingCache> skewing_cache_;
+  std::unique_ptr<PreparedWeights> prepared_weights_;
 };
 
 enum class LogitsMode {

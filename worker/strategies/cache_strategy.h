@@ -313,6 +313,7 @@ class CacheStrategy {
   virtual void Diagnose() {}
 };
 
+class PreparedWeights;
 struct Skewing;
 
 // What an arm's memory depends on, beside its parameters: plain numbers, so that a strategy's
@@ -335,6 +336,7 @@ struct StrategyContext : StrategySizes {
   Backend* backend = nullptr;
   StepState* step_state = nullptr;          // before Build: the strategy adds its arrays
   std::vector<QueryWeights> query_weights;  // [L]
+  PreparedWeights* prepared_weights = nullptr;  // kept with the model
   // Runs a calibration forward over the first `tokens` calibration ids and computes the skewing
   // from its queries and keys; results are kept with the model. Only for strategies that prepare
   // themselves.

@@ -112,7 +112,8 @@ class InfinigenStrategy : public CacheStrategy {
   absl::Status Skew(const Skewing& skewing);
   absl::Status SkewLayer(const LayerSkewing& skewing, int32_t layer,
                          std::span<const float> inverse_frequency);
-  absl::Status PutThinProjection(int32_t layer, const std::vector<float>& queries);
+  absl::Status PutThinProjection(int32_t layer, const std::vector<float>& queries,
+                                 const LayerSkewing& skewing);
   absl::Status FoldLayer(const LayerSkewing& skewing, int32_t layer);
   absl::StatusOr<std::vector<float>> ReadFloats(const void* source, DType dtype, int64_t count);
   absl::Status Put(const std::vector<float>& values, DType dtype, void* target);

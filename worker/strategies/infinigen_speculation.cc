@@ -2,12 +2,17 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <numeric>
+#include <utility>
 
+#include "absl/strings/string_view.h"
 #include "base/check.h"
+#include "base/digest.h"
 #include "base/status_macros.h"
 #include "worker/strategies/attention_calls.h"
 #include "worker/strategies/infinigen.h"
+#include "worker/strategies/prepared_weights.h"
 
 namespace kvsweep {
 
@@ -121,32 +126,50 @@ absl::Status InfinigenStrategy::SkewLayer(const LayerSkewing& skewing, int32_t l
   if (layout().query_path == QueryPath::kProjectThenSkew) {
     return Put(queries, DType::kF32, scratch_.query_matrix + Index(layer) * matrix);
   }
-  return PutThinProjection(layer, queries);
+  return PutThinProjection(layer, queries, skewing);
 }
 
-// W_q (or its folded copy) through the thin matrices.
-absl::Status InfinigenStrategy::PutThinProjection(int32_t layer,
-                                                  const std::vector<float>& queries) {
+// W_q (or its folded copy) through the thin matrices: the longest part of preparing an arm, and the
+// same for every trial of it.
+absl::Status InfinigenStrategy::PutThinProjection(int32_t layer, const std::vector<float>& queries,
+                                                  const LayerSkewing& skewing) {
   const ModelShape& shape = context_.shape;
   const int64_t rows = int64_t{shape.query_heads} * shape.head_dim;
   const int64_t columns = int64_t{shape.query_heads} * layout().partial_dim;
+  const auto bytes_of = [](const std::vector<float>& values) {
+    return absl::string_view(reinterpret_cast<const char*>(values.data()),
+                             values.size() * sizeof(float));
+  };
+  DigestBuilder key;
+  key.AddNumber(static_cast<uint64_t>(layer)).Add(bytes_of(queries));
   const void* weight = context_.query_weights[static_cast<size_t>(layer)].weight;
   const float* bias = context_.query_weights[static_cast<size_t>(layer)].bias;
   if (layout().folded()) {
+    key.Add(bytes_of(skewing.matrix));
     const int64_t first = layer * (rows + int64_t{shape.kv_heads} * shape.head_dim);
     weight = At(scratch_.folded_weight, first * shape.hidden_size, context_.weight_dtype);
     bias = scratch_.folded_bias + first;
   }
-  ASSIGN_OR_RETURN(const std::vector<float> source,
-                   ReadFloats(weight, context_.weight_dtype, rows * shape.hidden_size));
-  ASSIGN_OR_RETURN(const std::vector<float> shift, ReadFloats(bias, DType::kF32, rows));
-  const ProjectedWeights thin =
-      ThroughMatrices(source, shift, queries, shape.query_heads, shape.query_heads / shape.kv_heads,
-                      shape.head_dim, layout().partial_dim);
-  RETURN_IF_ERROR(Put(thin.weight, context_.weight_dtype,
-                      At(scratch_.query_weight, Index(layer) * columns * shape.hidden_size,
-                         context_.weight_dtype)));
-  return Put(thin.bias, DType::kF32, scratch_.query_bias + Index(layer) * columns);
+  const auto make = [&]() -> absl::StatusOr<PreparedWeights::Matrix> {
+    ASSIGN_OR_RETURN(const std::vector<float> source,
+                     ReadFloats(weight, context_.weight_dtype, rows * shape.hidden_size));
+    ASSIGN_OR_RETURN(const std::vector<float> shift, ReadFloats(bias, DType::kF32, rows));
+    ProjectedWeights thin = ThroughMatrices(source, shift, queries, shape.query_heads,
+                                            shape.query_heads / shape.kv_heads, shape.head_dim,
+                                            layout().partial_dim);
+    PreparedWeights::Matrix matrix{.weight = {}, .bias = std::move(thin.bias)};
+    matrix.weight.resize(thin.weight.size() *
+                         static_cast<size_t>(DTypeBytes(context_.weight_dtype)));
+    FromFloats(thin.weight, context_.weight_dtype, matrix.weight.data());
+    return matrix;
+  };
+  ASSIGN_OR_RETURN(const std::shared_ptr<const PreparedWeights::Matrix> thin,
+                   context_.prepared_weights->Get(key.Finish(), make));
+  context_.backend->Copy(At(scratch_.query_weight, Index(layer) * columns * shape.hidden_size,
+                            context_.weight_dtype),
+                         thin->weight.data(), thin->weight.size(), Stream::kCompute);
+  RETURN_IF_ERROR(context_.backend->WaitAll());  // what is not kept ends here
+  return Put(thin->bias, DType::kF32, scratch_.query_bias + Index(layer) * columns);
 }
 
 void InfinigenStrategy::FoldQueriesAndKeys(const StepView& step, int32_t layer,

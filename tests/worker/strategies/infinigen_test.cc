@@ -360,6 +360,29 @@ TEST(InfinigenTest, SkewingIsComputedOnce) {
   }
 }
 
+// What an arm's preparation computes from the weights serves its next trial, to the same tokens.
+TEST(InfinigenTest, ThinWeightsAreComputedOnceForAnArm) {
+  const auto backend = MakeBackend({.threads = 2});
+  const auto model = LoadModel(backend.get(), "stories260K");
+  Random random(54);
+  const std::vector<int32_t> calibration = RandomIds(random, 256, 512);
+  const std::vector<TestRequest> requests = RandomRequests(random, 3, 512, 100, 24);
+  uint64_t bytes = 0;
+  for (const double ratio : {0.3, 0.6}) {
+    const Arm arm = InfinigenArm({.partial_weight_ratio = ratio, .alpha = 2, .max_kv_ratio = 0.3});
+    const auto first =
+        RunRequests(backend.get(), *model, arm, SmallEngine(256), requests, calibration);
+    ASSERT_TRUE(first.ok()) << first.status();
+    EXPECT_GT(model->prepared_weights().bytes(), bytes);
+    bytes = model->prepared_weights().bytes();
+    const auto second =
+        RunRequests(backend.get(), *model, arm, SmallEngine(256), requests, calibration);
+    ASSERT_TRUE(second.ok()) << second.status();
+    EXPECT_EQ(second->outputs, first->outputs);
+    EXPECT_EQ(model->prepared_weights().bytes(), bytes);
+  }
+}
+
 // Law 3.11.1 on trained models: each A is orthogonal.
 TEST(InfinigenTest, SkewingOfTrainedModelsIsOrthogonal) {
   for (const char* name : {"books-llama-14m", "books-opt-16m"}) {
