@@ -23,7 +23,7 @@ cudaError_t LaunchGeneralProduct(const GemmArgs& args, const LaunchContext& cont
 // Whether the skinny product takes these arguments: bf16, and 16-byte accesses everywhere.
 bool IsSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
 // Whether it is faster than the library's. REQUIRES: IsSkinnyProduct.
-bool IsSkinnyProductFaster(const GemmArgs& args);
+bool IsSkinnyProductFaster(const GemmArgs& args);  // on Hopper, up to 16 rows
 // REQUIRES: IsSkinnyProduct. More than 64 rows, on Hopper 32, take several passes over the weights.
 // The order in which an output is summed depends on the weights' shape and on the device alone,
 // never on the rows.

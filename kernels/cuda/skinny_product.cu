@@ -1,5 +1,5 @@
-// A projection of few rows, bound by reading the weights once: for every architecture, and which
-// kernel serves (skinny_product_hopper.cu has the other).
+// A projection of few rows, bound by reading the weights once: a kernel for every architecture, and
+// the choice between it and Hopper's own (skinny_product_hopper.cu).
 //
 // A unit is 128 outputs x 64 columns; product_shares.cuh says who multiplies which. Weights stream
 // through a ring in shared memory in which each thread copies and reads its own sixteen bytes:

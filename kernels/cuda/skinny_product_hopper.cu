@@ -29,29 +29,20 @@ constexpr int kOutputs = 16 * kOutputTiles;
 constexpr int kColumns = 32 * kWarps;  // the most that a box can have
 constexpr int kUnitRowBytes = kColumns * 2;
 constexpr int kWeightBytes = kOutputs * kUnitRowBytes;
-// Of the ring. Decode attention fits beside it, so that the product behind it starts early; a
-// longer one is no faster, but where many rows leave little of it to the weights.
+// Of the ring: a longer one is no faster, but where many rows leave little of it to the weights.
 template <int kTokenTiles>
 constexpr int kRingBytes = (kTokenTiles <= 2 ? 120 : 192) * 1024;
-constexpr int kMostStages = 8;
+template <int kTokenTiles>
+constexpr int kJoinedBytes = kOutputs* kTokenTiles * 8 * kWarps* static_cast<int>(sizeof(float));
+// One row in the short ring and 17 in the long one make as many.
+constexpr int kMostStages = 7;
+static_assert(kRingBytes<1> / (kWeightBytes + kUnitRowBytes) <= kMostStages);
+static_assert(kRingBytes<4> / (kWeightBytes + 17 * kUnitRowBytes) <= kMostStages);
 
 struct SkinnyMaps {
   CUtensorMap weight;  // [N, K], boxes of kOutputs rows
   CUtensorMap in;      // [T, K], boxes of T rows
 };
-
-// c [16, 8] += a [16, 16] * b [16, 8]; stands where it is written, before what is written behind
-// it.
-__device__ __forceinline__ void MultiplyInOrder(float (&c)[4], uint32_t a0, uint32_t a1,
-                                                uint32_t a2, uint32_t a3, uint32_t b0,
-                                                uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)
-      : "memory");
-}
 
 // Ends an output and stores it.
 template <typename Out>
@@ -128,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint32_t parity = 0;
     for (int stage = 0; group < end_group;) {
       WaitPhase(empty + stage * 8, parity);
+      FenceAsyncProxy();  // what the warps have read there came before
       copy_weights(stage);
       copy_rows(stage, column);
       next_unit();
@@ -167,12 +159,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int m = 0; m < kOutputTiles; ++m) {
           const uint4 low = w[2 * m];
           const uint4 high = w[2 * m + 1];
-          MultiplyInOrder(sum[m][t], low.x, high.x, low.y, high.y, x[t].x, x[t].y);
-          MultiplyInOrder(sum[m][t], low.z, high.z, low.w, high.w, x[t].z, x[t].w);
+          float(&c)[4] = sum[m][t];
+          Multiply<__nv_bfloat16>(c[0], c[1], c[2], c[3], low.x, high.x, low.y, high.y, x[t].x,
+                                  x[t].y);
+          Multiply<__nv_bfloat16>(c[0], c[1], c[2], c[3], low.z, high.z, low.w, high.w, x[t].z,
+                                  x[t].w);
         }
       }
-      // Behind the products: only then has all that they read come out of the stage, which the
-      // copy engine overwrites next.
       __syncwarp();
       if (lane == 0) Arrive(empty + stage * 8);
       if (++stage == stages) {
@@ -226,12 +219,14 @@ cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
                         maps.in);
   if (error != cudaSuccess) return error;
   const int unit_bytes = kWeightBytes + args.rows * kUnitRowBytes;
-  const int stages = std::min(kMostStages, kRingBytes<kTokenTiles> / unit_bytes);
-  constexpr int kJoinedBytes = kOutputs * kTokenTiles * 8 * kWarps * 4;
-  const int bytes = stages * unit_bytes + kJoinedBytes;
+  const int stages = kRingBytes<kTokenTiles> / unit_bytes;
   const auto kernel = HopperSkinnyProductKernel<kTokenTiles>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
+  // Once, and for all row counts: two launches of one capture must not set it for each other.
+  constexpr int kMostBytes = kRingBytes<kTokenTiles> + kJoinedBytes<kTokenTiles>;
+  static const cudaError_t configured =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
+  if (configured != cudaSuccess) return configured;
+  const int bytes = stages * unit_bytes + kJoinedBytes<kTokenTiles>;
   const int64_t groups = DivideUp(args.out_columns, kOutputs);
   const int64_t blocks = std::min<int64_t>(context.multiprocessors, groups);
   return LaunchDependent(context, kernel, dim3(static_cast<unsigned>(blocks)), kThreads,

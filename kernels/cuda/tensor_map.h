@@ -1,4 +1,5 @@
-// Descriptions of tensors of bf16 for Hopper's copy engine (wgmma.cuh: CopyBox). Host code.
+// Descriptions of tensors of bf16 for Hopper's copy engine (wgmma.cuh: CopyBox, bulk_copy.cuh:
+// CopyMatrixBox). Host code.
 #ifndef KVSWEEP_KERNELS_CUDA_TENSOR_MAP_H_
 #define KVSWEEP_KERNELS_CUDA_TENSOR_MAP_H_
 
@@ -33,7 +34,7 @@ struct MatrixShape {
   const void* data = nullptr;  // at a multiple of 16 bytes
   int64_t rows = 0;
   int64_t columns = 0;
-  int64_t row_stride = 0;  // elements, a multiple of 8
+  int64_t row_stride = 0;  // elements, a multiple of 8; of one row any
   uint32_t box_rows = 0;
   uint32_t box_columns = 0;
 };
@@ -84,7 +85,7 @@ inline cudaError_t MakeTensorMap(const TensorShape& shape, CUtensorMap& map) {
 inline cudaError_t MakeMatrixMap(const MatrixShape& shape, CUtensorMap& map) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.columns),
                               static_cast<cuuint64_t>(shape.rows)};
-  const cuuint64_t stride = static_cast<cuuint64_t>(shape.row_stride) * 2;
+  const auto stride = static_cast<cuuint64_t>(std::max(shape.row_stride, shape.columns)) * 2;
   const cuuint32_t box[] = {shape.box_columns, shape.box_rows};
   return EncodeTensorMap(shape.data, sizes, &stride, box, CU_TENSOR_MAP_SWIZZLE_NONE, map);
 }

@@ -1,6 +1,6 @@
 // What Hopper (sm_90a) adds for matrix kernels: products that a warpgroup of 128 threads starts and
-// waits for, boxes of tensors that one thread has copied into shared memory, and the barriers in
-// shared memory that such copies complete on. Compiled for another architecture the kernels that
+// waits for, and boxes of tensors that one thread has copied into shared memory (bulk_copy.cuh has
+// the barriers that such copies complete on). Compiled for another architecture the kernels that
 // use this have no body; IsBuilt (tensor_map.h) tells.
 //
 // A tile [R, D] of 16-bit elements lies in shared memory as D / 64 panels [R, 64], one behind the

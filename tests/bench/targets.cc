@@ -772,6 +772,11 @@ std::vector<BenchRow> ShapeRows(const BenchSizes& sizes) {
   for (const int64_t context : {65536, 131072 - 128}) {
     for (const int64_t rows : {1, 2, 4}) maker.AddShape(sizes.grouped, rows, context);
   }
+  for (const std::string& model : sizes.trained) {  // with positions for 2,048 tokens
+    for (const int64_t context : {512, 1024}) {
+      for (const int64_t rows : {1, 8, 32, 64}) maker.AddShape(model, rows, context);
+    }
+  }
   return maker.Take();
 }
 

@@ -25,6 +25,8 @@ struct BenchSizes {
   std::string grouped = "llama-3.1-8b";  // grouped heads: steps, bursts, long contexts
   std::string plain = "opt-6.7b";        // as many KV heads as query heads: the offloading rows
   std::vector<std::string> shapes = {"opt-6.7b", "opt-13b", "llama-2-7b", "llama-3.1-8b"};
+  std::vector<std::string> trained = {"experiments/models/books-llama-14m",
+                                      "experiments/models/books-opt-16m"};
   int64_t shrink = 1;  // all batches and lengths are divided by it: to try the command on a CPU
 };
 

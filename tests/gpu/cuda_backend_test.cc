@@ -4,9 +4,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -186,6 +188,25 @@ TEST(CudaBackendTest, InvariantProductsDoNotDependOnOtherRows) {
     first.resize(kOut);
     if (alone.empty()) alone = first;
     EXPECT_EQ(first, alone) << rows << " rows";
+  }
+  // Nor on where in a step it stands.
+  const Buffer together(backend.get(), DType::kBf16, std::vector<float>(200 * kOut));
+  const Buffer single(backend.get(), DType::kBf16, std::vector<float>(kOut));
+  const auto multiply = [&](std::byte* from, std::byte* to, int32_t rows) {
+    backend->Gemm({.out = {to, kOut},
+                   .in = {from, kIn},
+                   .weight = weight.data(),
+                   .rows = rows,
+                   .out_columns = kOut,
+                   .in_columns = kIn},
+                  Stream::kCompute);
+  };
+  multiply(in.data(), together.data(), 200);
+  const std::vector<float> all = together.Read();
+  for (const int32_t row : {7, 15, 31, 32, 150}) {
+    multiply(in.data() + int64_t{row} * kIn * 2, single.data(), 1);
+    EXPECT_TRUE(std::ranges::equal(single.Read(), std::span(all).subspan(row * kOut, kOut)))
+        << "row " << row;
   }
 }
 

@@ -456,7 +456,7 @@ void H2oStrategy::PruneChunk(const Segment& segment, int32_t row, int32_t layer)
 void H2oStrategy::AttendPrefillTiles(PrefillAttentionArgs call, const Segment& segment, int32_t row,
                                      int32_t layer) {
   const int32_t history = call.history_tokens;
-  const int32_t tile_tokens = ring_->TileTokens(1);
+  const int32_t tile_tokens = ring_->WholeTokens();
   PrefillAttentionArgs part = call;
   part.out = {};
   part.chunk_key = {};
@@ -506,7 +506,7 @@ void H2oStrategy::AddColumnSums(const PrefillAttentionArgs& attention, int32_t r
                      .scale = attention.scale};
   if (!on_host()) return context_.backend->ColumnSum(sums, Stream::kCompute);
   const int32_t columns = sums.history_tokens + sums.rows;
-  const int32_t tile_tokens = ring_->TileTokens(1);
+  const int32_t tile_tokens = ring_->WholeTokens();
   sums.score = AtRow(sums.score, row);
   sums.table_row = 0;
   for (int32_t first = 0; first < columns; first += tile_tokens) {

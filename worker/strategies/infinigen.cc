@@ -378,7 +378,7 @@ void InfinigenStrategy::AttendPrefill(const Segment& segment, size_t index, int3
     backend.PrefillAttention(whole, Stream::kCompute);
     return;
   }
-  const int32_t tile_tokens = ring_->TileTokens(1);
+  const int32_t tile_tokens = ring_->WholeTokens();
   int32_t first = 0;
   for (; first < stored; first += tile_tokens) {
     const KvView view = ring_->Load({.source = HostView(layer),

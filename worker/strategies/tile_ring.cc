@@ -50,9 +50,8 @@ void TileRing::Fork() {
   for (Buffer& buffer : buffers_) buffer.used = false;
 }
 
-KvView TileRing::View(int buffer, int32_t rows) const {
+KvView TileRing::View(int buffer, int32_t tokens) const {
   const int64_t bytes = DTypeBytes(dtype_);
-  const int32_t tokens = TileTokens(rows);
   const int64_t head = int64_t{tokens} * 2 * head_dim_;
   std::byte* key = memory_ + int64_t{buffer} * tokens_ * heads_ * 2 * head_dim_ * bytes;
   return {.key = key,
@@ -67,7 +66,9 @@ KvView TileRing::View(int buffer, int32_t rows) const {
 KvView TileRing::Load(CopyTileArgs args) {
   current_ = 1 - current_;
   Buffer& buffer = buffers_[static_cast<size_t>(current_)];
-  KvView view = View(current_, args.row >= 0 ? 1 : args.rows);
+  const bool whole = args.row >= 0;
+  KVSWEEP_CHECK(whole || fixed_rows_ == 0 || args.rows <= fixed_rows_);
+  KvView view = View(current_, whole ? WholeTokens() : TileTokens(args.rows));
   KVSWEEP_CHECK_LE(args.tokens, view.block_size);
   view.length = args.source.length;
   view.length_stride = args.source.length_stride;
@@ -88,7 +89,7 @@ void TileRing::Free() {
 }
 
 KvView TileRing::Nothing(const KvView& source) const {
-  KvView view = View(0, 1);
+  KvView view = View(0, WholeTokens());
   view.length = source.length;
   view.length_stride = source.length_stride;
   view.length_head_stride = source.length_head_stride;

@@ -26,8 +26,10 @@ class TileRing {
   TileRing(Backend* backend, std::byte* memory, DType dtype, int32_t tokens, int32_t most_rows,
            int32_t heads, int32_t head_dim);
 
-  // Tokens of a tile that `rows` sequences share. Where a row's result must not depend on the rows
-  // beside it, tiles are as short as most_rows make them: attention adds tile after tile.
+  // Tokens of a tile that one sequence has for itself.
+  int32_t WholeTokens() const { return tokens_; }
+  // Tokens of a tile that the rows of a step share. Where a row's result must not depend on the
+  // rows beside it, tiles are as short as most_rows make them: attention adds tile after tile.
   int32_t TileTokens(int32_t rows) const {
     return tokens_ / (fixed_rows_ > 0 ? fixed_rows_ : rows);
   }
@@ -57,7 +59,7 @@ class TileRing {
     bool used = false;  // since Fork
   };
 
-  KvView View(int buffer, int32_t rows) const;
+  KvView View(int buffer, int32_t tokens) const;
 
   Backend* backend_;
   std::byte* memory_;

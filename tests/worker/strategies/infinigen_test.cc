@@ -108,7 +108,8 @@ std::vector<Variant> EqualVariants() {
 }
 
 // Law 3.11.6: prefetch or not, zero-copy or staged, graph or none, wherever full layers and earlier
-// chunks lie: the same tokens, the same entries read.
+// chunks lie: the same tokens, the same entries read. Sums over tiles round otherwise than sums
+// over all at once, so no margin of these requests lies within rounding of alpha (one did at 3).
 TEST(InfinigenTest, WaysOfDoingTheSameGiveTheSame) {
   const std::vector<std::pair<std::string, LabShape>> models = {
       {"books-opt-16m", {}},
@@ -125,7 +126,7 @@ TEST(InfinigenTest, WaysOfDoingTheSameGiveTheSame) {
       EngineOptions options = SmallEngine(208);
       options.max_batched_tokens = variant.max_batched_tokens;
       options.graphs = variant.graphs;
-      const Arm arm = InfinigenWith({.alpha = 3, .max_kv_ratio = 0.3}, variant.change);
+      const Arm arm = InfinigenWith({.alpha = 3.1, .max_kv_ratio = 0.3}, variant.change);
       const TestRun run = Serve(backend.get(), *model, arm, options);
       if (first.outputs.empty()) first = run;
       EXPECT_EQ(run.outputs, first.outputs);
@@ -363,10 +364,14 @@ TEST(InfinigenTest, SkewingIsComputedOnce) {
 // What an arm's preparation computes from the weights serves its next trial, to the same tokens.
 TEST(InfinigenTest, ThinWeightsAreComputedOnceForAnArm) {
   const auto backend = MakeBackend({.threads = 2});
-  const auto model = LoadModel(backend.get(), "stories260K");
+  const auto model = MakeModel(
+      backend.get(), {.rotary = false, .layers = 3, .group = 1, .kv_heads = 3, .head_dim = 64});
+  const int32_t vocabulary = model->config().vocabulary;
   Random random(54);
-  const std::vector<int32_t> calibration = RandomIds(random, 256, 512);
-  const std::vector<TestRequest> requests = RandomRequests(random, 3, 512, 100, 24);
+  const std::vector<int32_t> calibration = RandomIds(random, 256, vocabulary);
+  const std::vector<TestRequest> requests = {
+      {.prompt = RandomIds(random, 90, vocabulary), .output_tokens = 24},
+      {.prompt = RandomIds(random, 40, vocabulary), .output_tokens = 12, .arrival_step = 3}};
   uint64_t bytes = 0;
   for (const double ratio : {0.3, 0.6}) {
     const Arm arm = InfinigenArm({.partial_weight_ratio = ratio, .alpha = 2, .max_kv_ratio = 0.3});

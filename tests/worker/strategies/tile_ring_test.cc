@@ -31,6 +31,7 @@ TEST(TileRingTest, TilesOfBatchInvariantBackendsDoNotDependOnTheRows) {
   const auto backend = CreateCpuBackend({.threads = 1, .batch_invariant = true}).value();
   const TileRing ring = NewRing(backend.get());
   for (const int32_t rows : {1, 2, 5, 8}) EXPECT_EQ(ring.TileTokens(rows), 32) << rows;
+  EXPECT_EQ(ring.WholeTokens(), 256);  // a prompt shares with nobody
 }
 
 }  // namespace
