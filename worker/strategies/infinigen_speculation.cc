@@ -129,8 +129,8 @@ absl::Status InfinigenStrategy::SkewLayer(const LayerSkewing& skewing, int32_t l
   return PutThinProjection(layer, queries, skewing);
 }
 
-// W_q (or its folded copy) through the thin matrices: the longest part of preparing an arm, and the
-// same for every trial of it.
+// W_q (or its folded copy) through the thin matrices: seconds for billions of weights, and the same
+// for every trial of an arm.
 absl::Status InfinigenStrategy::PutThinProjection(int32_t layer, const std::vector<float>& queries,
                                                   const LayerSkewing& skewing) {
   const ModelShape& shape = context_.shape;
