@@ -3,7 +3,8 @@
 // finds the least of the heavy ones on the way, and puts the new token in its place. Its time is
 // that of memory's answers in turn, so whatever may be needed is asked for at once: where slots
 // lie, ahead of the earlier kernel's end; then probabilities, scores, positions and both rows that
-// may move. After one reduction nothing is left but to write.
+// may move. A warp stands still at the first use of an answer, if only to convert or add it, so
+// nothing is used before all is asked for. After one reduction nothing is left but to write.
 #include <cmath>
 
 #include "kernels/cuda/cluster.cuh"
@@ -49,18 +50,16 @@ struct Head {
     return static_cast<int32_t*>(args.rank.data)[SlotOffset(args.rank, row, slot, head)];
   }
 
-  // What slot `slot` (the new token: the number stored) received from the group's queries.
-  __device__ float Received(int32_t slot) const {
-    const int32_t group = args.query_heads / args.kv_heads;
-    const float* const line =
-        args.probability +
-        (row * args.query_heads + int64_t{head} * group) * args.probability_stride + slot;
-    float received = 0.0f;
-    for (int32_t q = 0; q < group; ++q) {
-      const float probability = line[q * args.probability_stride];
-      received = args.scoring.group_maximum ? fmaxf(received, probability) : received + probability;
-    }
-    return received;
+  __device__ int32_t group() const { return args.query_heads / args.kv_heads; }
+  // What slot `slot` (the new token: the number stored) received from query q of the group.
+  __device__ float Probability(int32_t q, int32_t slot) const {
+    return args.probability[(row * args.query_heads + int64_t{head} * group() + q) *
+                                args.probability_stride +
+                            slot];
+  }
+  // What it received from queries before and from this one, neither of them negative.
+  __device__ float Received(float before, float probability) const {
+    return args.scoring.group_maximum ? fmaxf(before, probability) : before + probability;
   }
   __device__ float Kept(float value) const {
     return args.scoring.half ? RoundTo(DType::kF16, value) : value;
@@ -124,9 +123,34 @@ __device__ Least TeamLeast(const Team& team, const Least& mine) {
 // What each thread holds of the rows that may move: elements of a key, then of its value.
 constexpr int kElements = 2;  // of a thread; 2 d <= kElements * kThreads
 
+// An element as it lies in memory, in the lowest bits: not touched before it is stored.
+__device__ __forceinline__ uint32_t LoadBits(const void* pool, DType dtype, int64_t index) {
+  switch (ElementBytes(dtype)) {
+    case 4:
+      return static_cast<const uint32_t*>(pool)[index];
+    case 2:
+      return static_cast<const uint16_t*>(pool)[index];
+    default:
+      return static_cast<const uint8_t*>(pool)[index];
+  }
+}
+
+__device__ __forceinline__ float FromBits(uint32_t bits, DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return __uint_as_float(bits);
+    case DType::kBf16:
+      return __uint_as_float(bits << 16);
+    case DType::kF16:
+      return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+    default:
+      return WidenFp8(static_cast<uint8_t>(bits));
+  }
+}
+
 // Elements of a row of the view, or of the new token.
 struct MovedRow {
-  float element[kElements];
+  uint32_t element[kElements];
 
   // load(is_value, column)
   template <typename LoadOne>
@@ -137,7 +161,8 @@ struct MovedRow {
       if (i < 2 * d) element[e] = load(i >= d, i < d ? i : i - d);
     }
   }
-  __device__ __forceinline__ void Store(const Head& at, int32_t slot) const {
+  // `dtype`: of the elements.
+  __device__ __forceinline__ void Store(const Head& at, int32_t slot, DType dtype) const {
     const int32_t d = at.args.head_dim;
     const KvView& view = at.args.view;
     const int64_t to = KvOffset(view, at.row, slot, at.head);
@@ -145,7 +170,8 @@ struct MovedRow {
     for (int e = 0; e < kElements; ++e) {
       const int32_t i = threadIdx.x + e * kThreads;
       if (i >= 2 * d) continue;
-      StoreElement(i < d ? view.key : view.value, view.dtype, to + (i < d ? i : i - d), element[e]);
+      StoreElement(i < d ? view.key : view.value, view.dtype, to + (i < d ? i : i - d),
+                   FromBits(element[e], dtype));
     }
   }
 };
@@ -166,7 +192,7 @@ struct Batch {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     EvictHeavyKernel(const __grid_constant__ EvictHeavyArgs args, DType dtype) {
   ReleaseLaterKernels();
   const Team team = ClusterTeam();
@@ -198,24 +224,26 @@ __global__ void __launch_bounds__(kThreads, 4)
   MovedRow fresh;
   fresh.Load(args.head_dim, [&](bool is_value, int32_t column) {
     const Activations& from = is_value ? args.value : args.key;
-    return LoadElement(from.data, dtype,
-                       row * from.stride + int64_t{at.head} * args.head_dim + column);
+    return LoadBits(from.data, dtype,
+                    row * from.stride + int64_t{at.head} * args.head_dim + column);
   });
   MovedRow leaving;
   if (ring != kNowhere) {
     leaving.Load(args.head_dim, [&](bool is_value, int32_t column) {
-      return LoadElement(is_value ? args.view.value : args.view.key, args.view.dtype,
-                         ring_row + column);
+      return LoadBits(is_value ? args.view.value : args.view.key, args.view.dtype,
+                      ring_row + column);
     });
   }
   const int32_t ring_position = ring != kNowhere && placed ? at.PositionAt(ring_place) : 0;
-  float new_score = 0.0f;
-  float kept_ring_score = 0.0f;
+  float new_received = 0.0f;
+  float ring_received = 0.0f;
+  float ring_before = 0.0f;
   Least mine;
   if (scored) {
-    new_score = at.Kept(at.Received(stored));
+    new_received = at.Probability(0, stored);
     if (ring != kNowhere) {
-      kept_ring_score = at.Kept(at.ScoreAt(ring_score) * args.scoring.decay + at.Received(ring));
+      ring_received = at.Probability(0, ring);
+      ring_before = at.ScoreAt(ring_score);
     }
     for (int32_t base = first_slot; base < stored; base += team.size * kBatch * kThreads) {
       if (base != first_slot) batch.Find(at, base, stored);
@@ -227,8 +255,18 @@ __global__ void __launch_bounds__(kThreads, 4)
         const int32_t slot = base + j * kThreads;
         if (slot >= stored) continue;
         before[j] = at.ScoreAt(batch.score[j]);
-        received[j] = at.Received(slot);
+        received[j] = at.Probability(0, slot);
         if (full && slot >= sinks && slot < heavy) place[j] = at.PositionAt(batch.position[j]);
+      }
+      for (int32_t q = 1; q < at.group(); ++q) {
+        float more[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int32_t slot = base + j * kThreads;
+          more[j] = slot < stored ? at.Probability(q, slot) : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) received[j] = at.Received(received[j], more[j]);
       }
       // The window's slot was read for all threads: nobody writes before everybody has.
 #pragma unroll
@@ -242,7 +280,15 @@ __global__ void __launch_bounds__(kThreads, 4)
         }
       }
     }
+    for (int32_t q = 1; q < at.group(); ++q) {
+      const float to_new = at.Probability(q, stored);
+      const float to_ring = ring != kNowhere ? at.Probability(q, ring) : 0.0f;
+      new_received = at.Received(new_received, to_new);
+      ring_received = at.Received(ring_received, to_ring);
+    }
   }
+  const float new_score = at.Kept(new_received);
+  const float kept_ring_score = at.Kept(ring_before * args.scoring.decay + ring_received);
   const Least least = TeamLeast(team, mine);
 
   int32_t target = position;  // of the new token
@@ -273,8 +319,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     at.Rank(position) = position;
   }
   if (team.rank != 0) return;
-  if (leaves != target) leaving.Store(at, leaves);
-  fresh.Store(at, target);
+  if (leaves != target) leaving.Store(at, leaves, args.view.dtype);
+  fresh.Store(at, target, dtype);
   if (threadIdx.x != 0) return;
   if (scored) {
     if (leaves != target) at.ScoreAt(at.ScoreOffset(leaves)) = kept_ring_score;

@@ -1,5 +1,5 @@
 // The three ways of a projection. The skinny one adds in an order that no row count changes, so
-// batch-invariant mode has it, and on Hopper it is the fastest for up to 16 rows. The library's is
+// batch-invariant mode has it, and on Hopper it is the fastest for up to 32 rows. The library's is
 // the fastest for more. The general one takes any shape, alignment and format, and adds in the
 // order of the columns.
 #ifndef KVSWEEP_KERNELS_CUDA_PRODUCTS_H_
@@ -23,7 +23,7 @@ cudaError_t LaunchGeneralProduct(const GemmArgs& args, const LaunchContext& cont
 // Whether the skinny product takes these arguments: bf16, and 16-byte accesses everywhere.
 bool IsSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
 // Whether it is faster than the library's. REQUIRES: IsSkinnyProduct.
-bool IsSkinnyProductFaster(const GemmArgs& args);  // on Hopper, up to 16 rows
+bool IsSkinnyProductFaster(const GemmArgs& args);  // on Hopper, up to 32 rows
 // REQUIRES: IsSkinnyProduct. More than 64 rows, on Hopper 32, take several passes over the weights.
 // The order in which an output is summed depends on the weights' shape and on the device alone,
 // never on the rows.

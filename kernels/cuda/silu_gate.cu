@@ -1,4 +1,5 @@
 // out = silu(gate) * up, element by element.
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -8,8 +9,11 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T, int kWidth>
-__global__ void SiluGateKernel(SiluGateArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    SiluGateKernel(const __grid_constant__ SiluGateArgs args) {
   using Elements = Vector<T, kWidth>;
+  ReleaseLaterKernels();
+  WaitForEarlierKernels();
   const int64_t row = blockIdx.y;
   const int column = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
   if (column >= args.columns) return;
@@ -29,7 +33,7 @@ __global__ void SiluGateKernel(SiluGateArgs args) {
 }  // namespace
 
 cudaError_t Launch(const SiluGateArgs& args, const LaunchContext& context) {
-  WithActivations(context.activation_dtype, [&](auto element) {
+  return WithActivations(context.activation_dtype, [&](auto element) {
     using T = decltype(element);
     const bool wide = CanVectorise<T>(args.out.data, args.out.stride, args.columns) &&
                       CanVectorise<T>(args.in.data, args.in.stride, args.columns);
@@ -37,9 +41,8 @@ cudaError_t Launch(const SiluGateArgs& args, const LaunchContext& context) {
     const auto kernel = wide ? SiluGateKernel<T, kVectorElements<T>> : SiluGateKernel<T, 1>;
     const dim3 grid(static_cast<unsigned>(DivideUp(args.columns, int64_t{kThreads} * width)),
                     static_cast<unsigned>(args.rows));
-    kernel<<<grid, kThreads, 0, context.stream>>>(args);
+    return LaunchDependent(context, kernel, grid, kThreads, 0, args);
   });
-  return cudaGetLastError();
 }
 
 }  // namespace kvsweep::cuda

@@ -279,7 +279,7 @@ bool IsSkinnyProduct(const GemmArgs& args, const LaunchContext& context) {
 }
 
 bool IsSkinnyProductFaster(const GemmArgs& args) {
-  return args.rows <= 16 && HasHopperSkinnyProduct();
+  return args.rows <= kHopperSkinnyRows && HasHopperSkinnyProduct();
 }
 
 cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& context) {

@@ -2,10 +2,11 @@
 // ring in shared memory, and the weights of the next product are on their way before the kernels
 // between two products have ended.
 //
-// A block has a contiguous range of groups of 32 outputs, with all their columns, so that nothing
-// is summed across blocks. One thread asks for units: 256 columns of a group and of all rows. Of
-// each unit every warp multiplies its 32 columns; at a group's end the block adds the warps' sums
-// in their order. So an output's order of summing depends on the number of columns alone.
+// A block has a contiguous range of tiles of 16 outputs, with all their columns, so that nothing is
+// summed across blocks, and takes them in groups of two, or one at the end: then blocks differ by
+// 16 outputs at most. One thread asks for units: 256 columns of a group and of all rows. Of each
+// unit every warp multiplies its 32 columns; at a group's end the block adds the warps' sums in
+// their order. So an output's order of summing depends on the number of columns alone.
 //
 // The columns of a warp are taken in another order, the same for weights and activations, in which
 // a thread's fragments are contiguous.
@@ -24,23 +25,26 @@ namespace {
 
 constexpr int kWarps = 8;  // that multiply; one more copies
 constexpr int kThreads = kWarp * (kWarps + 1);
-constexpr int kOutputTiles = 2;  // of 16 outputs
-constexpr int kOutputs = 16 * kOutputTiles;
+constexpr int kTileOutputs = 16;
+constexpr int kGroupTiles = 2;
 constexpr int kColumns = 32 * kWarps;  // the most that a box can have
 constexpr int kUnitRowBytes = kColumns * 2;
-constexpr int kWeightBytes = kOutputs * kUnitRowBytes;
+constexpr int kTileBytes = kTileOutputs * kUnitRowBytes;
+constexpr int kWeightBytes = kGroupTiles * kTileBytes;
 // Of the ring: a longer one is no faster, but where many rows leave little of it to the weights.
 template <int kTokenTiles>
 constexpr int kRingBytes = (kTokenTiles <= 2 ? 120 : 192) * 1024;
 template <int kTokenTiles>
-constexpr int kJoinedBytes = kOutputs* kTokenTiles * 8 * kWarps* static_cast<int>(sizeof(float));
+constexpr int kJoinedBytes = kGroupTiles* kTileOutputs* kTokenTiles * 8 *
+                             kWarps* static_cast<int>(sizeof(float));
 // One row in the short ring and 17 in the long one make as many.
 constexpr int kMostStages = 7;
 static_assert(kRingBytes<1> / (kWeightBytes + kUnitRowBytes) <= kMostStages);
 static_assert(kRingBytes<4> / (kWeightBytes + 17 * kUnitRowBytes) <= kMostStages);
 
 struct SkinnyMaps {
-  CUtensorMap weight;  // [N, K], boxes of kOutputs rows
+  CUtensorMap weight;  // [N, K], boxes of a group's rows
+  CUtensorMap tile;    // the same, boxes of a tile's rows
   CUtensorMap in;      // [T, K], boxes of T rows
 };
 
@@ -56,12 +60,12 @@ __device__ __forceinline__ void StoreOutput(const GemmArgs& args, int64_t at, fl
 template <int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     HopperSkinnyProductKernel(const __grid_constant__ GemmArgs args,
-                              const __grid_constant__ SkinnyMaps maps, int64_t groups, int stages) {
+                              const __grid_constant__ SkinnyMaps maps, int tiles, int stages) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t barriers[2 * kMostStages];
-  constexpr int kSums = kOutputTiles * kTokenTiles * 4;  // of a thread
-  constexpr int kElements = kSums * kWarp;               // of a group
+  constexpr int kSums = kGroupTiles * kTokenTiles * 4;  // of a thread
+  constexpr int kElements = kSums * kWarp;              // of a group
   const int unit_bytes = kWeightBytes + args.rows * kUnitRowBytes;
   float* const joined = reinterpret_cast<float*>(shared + stages * unit_bytes);
   const int lane = threadIdx.x % kWarp;
@@ -77,28 +81,32 @@ __global__ void __launch_bounds__(kThreads, 1)
     PublishBarriers();
   }
   __syncthreads();
-  const int64_t first_group = groups * blockIdx.x / gridDim.x;
-  const int64_t end_group = groups * (blockIdx.x + 1) / gridDim.x;
+  constexpr int kLeastTiles = kTokenTiles <= 2 ? 1 : kGroupTiles;
+  const int64_t shares = (tiles + kLeastTiles - 1) / kLeastTiles;
+  const auto first_tile = static_cast<int>(shares * blockIdx.x / gridDim.x) * kLeastTiles;
+  const int end_tile =
+      min(static_cast<int>(shares * (blockIdx.x + 1) / gridDim.x) * kLeastTiles, tiles);
 
   if (warp == kWarps) {
     if (lane != 0) {
       WaitForEarlierKernels();
       return;
     }
-    int64_t group = first_group;
+    int tile = first_tile;
     int column = 0;
     const auto next_unit = [&] {
       column += kColumns;
       if (column < args.in_columns) return;
       column = 0;
-      ++group;
+      tile += kGroupTiles;
     };
     const uint64_t policy = ReadOncePolicy();
     const auto copy_weights = [&](int stage) {
       const uint32_t barrier = full + stage * 8;
-      ArriveExpecting(barrier, unit_bytes);
-      CopyMatrixBox(SharedAddress(shared) + stage * unit_bytes, maps.weight, barrier, column,
-                    static_cast<int>(group) * kOutputs, policy);
+      const bool whole = tile + kGroupTiles <= end_tile;
+      ArriveExpecting(barrier, unit_bytes - (whole ? 0 : kTileBytes));
+      CopyMatrixBox(SharedAddress(shared) + stage * unit_bytes, whole ? maps.weight : maps.tile,
+                    barrier, column, tile * kTileOutputs, policy);
     };
     const auto copy_rows = [&](int stage, int from) {
       CopyMatrixBox(SharedAddress(shared) + stage * unit_bytes + kWeightBytes, maps.in,
@@ -106,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     // Weights are constants of the model.
     int filled = 0;
-    for (; filled < stages && group < end_group; ++filled) {
+    for (; filled < stages && tile < end_tile; ++filled) {
       copy_weights(filled);
       next_unit();
     }
@@ -117,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       from = from + kColumns < args.in_columns ? from + kColumns : 0;
     }
     uint32_t parity = 0;
-    for (int stage = 0; group < end_group;) {
+    for (int stage = 0; tile < end_tile;) {
       WaitPhase(empty + stage * 8, parity);
       FenceAsyncProxy();  // what the warps have read there came before
       copy_weights(stage);
@@ -134,17 +142,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   WaitForEarlierKernels();
   int stage = 0;
   uint32_t parity = 0;
-  for (int64_t group = first_group; group < end_group; ++group) {
-    float sum[kOutputTiles][kTokenTiles][4] = {};
+  for (int tile = first_tile; tile < end_tile; tile += kGroupTiles) {
+    // A group of one tile multiplies also what an earlier unit has left behind it, and stores
+    // nothing of that.
+    const int group_tiles = min(kGroupTiles, end_tile - tile);
+    float sum[kGroupTiles][kTokenTiles][4] = {};
     for (int column = 0; column < args.in_columns; column += kColumns) {
       WaitPhase(full + stage * 8, parity);
       const unsigned char* const weights =
           shared + stage * unit_bytes + (warp * 32 + lane % 4 * 8) * 2;
       const unsigned char* const rows = weights + kWeightBytes;
-      uint4 w[2 * kOutputTiles];
+      uint4 w[2 * kGroupTiles];
       uint4 x[kTokenTiles];
 #pragma unroll
-      for (int piece = 0; piece < 2 * kOutputTiles; ++piece) {
+      for (int piece = 0; piece < 2 * kGroupTiles; ++piece) {
         w[piece] =
             *reinterpret_cast<const uint4*>(weights + (piece * 8 + lane / 4) * kUnitRowBytes);
       }
@@ -156,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
-        for (int m = 0; m < kOutputTiles; ++m) {
+        for (int m = 0; m < kGroupTiles; ++m) {
           const uint4 low = w[2 * m];
           const uint4 high = w[2 * m + 1];
           float(&c)[4] = sum[m][t];
@@ -179,10 +190,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kSums; ++i) mine[i * kWarp] = (&sum[0][0][0])[i];
     MeetWarps(1, kWarps * kWarp);
     for (int i = warp; i < kSums; i += kWarps) {
+      const int in_group = i / (4 * kTokenTiles);
       const int row = i / 4 % kTokenTiles * 8 + lane % 4 * 2 + i % 2;
-      const int64_t output =
-          group * kOutputs + i / (4 * kTokenTiles) * 16 + i % 4 / 2 * 8 + lane / 4;
-      if (row >= args.rows || output >= args.out_columns) continue;
+      const int output = (tile + in_group) * kTileOutputs + i % 4 / 2 * 8 + lane / 4;
+      if (in_group >= group_tiles || row >= args.rows || output >= args.out_columns) continue;
       float total = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) total += joined[w * kElements + i * kWarp + lane];
@@ -202,13 +213,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kTokenTiles>
 cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
   SkinnyMaps maps;
-  cudaError_t error = MakeMatrixMap({.data = args.weight,
-                                     .rows = args.out_columns,
-                                     .columns = args.in_columns,
-                                     .row_stride = args.in_columns,
-                                     .box_rows = kOutputs,
-                                     .box_columns = kColumns},
-                                    maps.weight);
+  MatrixShape weight{.data = args.weight,
+                     .rows = args.out_columns,
+                     .columns = args.in_columns,
+                     .row_stride = args.in_columns,
+                     .box_rows = kGroupTiles * kTileOutputs,
+                     .box_columns = kColumns};
+  cudaError_t error = MakeMatrixMap(weight, maps.weight);
+  if (error != cudaSuccess) return error;
+  weight.box_rows = kTileOutputs;
+  error = MakeMatrixMap(weight, maps.tile);
   if (error != cudaSuccess) return error;
   error = MakeMatrixMap({.data = args.in.data,
                          .rows = args.rows,
@@ -227,10 +241,10 @@ cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
   if (configured != cudaSuccess) return configured;
   const int bytes = stages * unit_bytes + kJoinedBytes<kTokenTiles>;
-  const int64_t groups = DivideUp(args.out_columns, kOutputs);
-  const int64_t blocks = std::min<int64_t>(context.multiprocessors, groups);
+  const auto tiles = static_cast<int>(DivideUp(args.out_columns, kTileOutputs));
+  const int blocks = std::min(context.multiprocessors, tiles);
   return LaunchDependent(context, kernel, dim3(static_cast<unsigned>(blocks)), kThreads,
-                         static_cast<size_t>(bytes), args, maps, groups, stages);
+                         static_cast<size_t>(bytes), args, maps, tiles, stages);
 }
 
 }  // namespace
