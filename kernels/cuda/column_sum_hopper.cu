@@ -7,7 +7,6 @@
 #include <algorithm>
 
 #include "kernels/cuda/column_sum.cuh"
-#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/hopper.h"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/wgmma.cuh"
@@ -134,13 +133,10 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
   constexpr int kKeys = Shape::kKeys;
   constexpr int kStages = Shape::kStages;
   constexpr int kProducts = Shape::kProducts;
-  ReleaseLaterKernels();
   const int group = args.query_heads / args.kv_heads;
   const int block = blockIdx.x % part.key_blocks;
   const int kv_head = blockIdx.x / part.key_blocks % args.kv_heads;
-  // The last segments, which more keys have in full, come first: short ones fill up the end.
-  const int segment = gridDim.x / part.key_blocks / args.kv_heads - 1 -
-                      blockIdx.x / part.key_blocks / args.kv_heads;
+  const int segment = blockIdx.x / part.key_blocks / args.kv_heads;
   const int first = args.keys.first_token + block * kKeys;
   const int segment_tile = part.first_tile + segment * part.segment_tiles;
   const int end_tile = min(segment_tile + part.segment_tiles, part.end_tile);
@@ -253,6 +249,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
           const int key = group_key + i * 64;
           consumer.Add(i, place.stage, key + own - first_row, key + 63 > first_row);
         }
+        __syncwarp();  // every lane has read the stage's offsets
         if (lane == 0) Arrive(SharedAddress(&shared.empty[place.stage]));
         place.Advance();
       }
@@ -277,7 +274,6 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
 __global__ void __launch_bounds__(kFoldThreads)
     FoldColumnSumsKernel(const __grid_constant__ ColumnSumArgs args,
                          const __grid_constant__ ColumnSumPart part) {
-  WaitForEarlierKernels();
   const int columns = LastColumn(args) - args.keys.first_token;
   const int slot = blockIdx.x * kFoldThreads + threadIdx.x;
   const int kv_head = blockIdx.y;
@@ -331,8 +327,8 @@ cudaError_t LaunchPart(const ColumnSumArgs& args, const ColumnSumMaps& maps, Col
   if (error != cudaSuccess) return error;
   const int columns = LastColumn(args) - args.keys.first_token;
   const dim3 grid((columns + kFoldThreads - 1) / kFoldThreads, args.kv_heads);
-  return LaunchDependent(AfterKernel(context), FoldColumnSumsKernel, grid, kFoldThreads, 0, args,
-                         part);
+  FoldColumnSumsKernel<<<grid, kFoldThreads, 0, context.stream>>>(args, part);
+  return cudaGetLastError();
 }
 
 // [T, Hq, d] -> sums [tiles, Hk, n] -> score, as many tiles at once as the workspace holds.

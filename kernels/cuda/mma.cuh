@@ -72,6 +72,12 @@ __device__ __forceinline__ void Multiply(float& c0, float& c1, float& c2, float&
   }
 }
 
+template <typename T>
+__device__ __forceinline__ void Multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {
+  Multiply<T>(c[0], c[1], c[2], c[3], a0, a1, a2, a3, b0, b1);
+}
+
 // The same with rows 8 .. 15 of `a` zero: eight rows of results.
 template <typename T>
 __device__ __forceinline__ void MultiplyEight(float& c0, float& c1, uint32_t a0, uint32_t a2,

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/launch.h"
@@ -71,6 +72,21 @@ __device__ __forceinline__ float FinishSum(const GemmArgs& args, float sum, floa
   sum += bias;
   if (args.relu) sum = fmaxf(sum, 0.0f);
   return sum + held;
+}
+
+// Ends output `column` of row `row` and stores it.
+__device__ __forceinline__ void StoreSum(const GemmArgs& args, int64_t row, int64_t column,
+                                         float sum, float bias) {
+  const auto store = [&](auto* out) {
+    out += row * args.out.stride + column;
+    *out = FromFloat<std::remove_pointer_t<decltype(out)>>(
+        FinishSum(args, sum, bias, args.accumulate ? ToFloat(*out) : 0.0f));
+  };
+  if (args.f32_out) {
+    store(static_cast<float*>(args.out.data));
+  } else {
+    store(static_cast<__nv_bfloat16*>(args.out.data));
+  }
 }
 
 }  // namespace kvsweep::cuda

@@ -25,14 +25,6 @@ constexpr int kThreads = kWarp * kOutputWarps * kColumnWarps;
 constexpr int kPieces = 4;  // rows lane / 4 + {0, 8, 16, 24} of the warp's 32
 constexpr int kStages = 8;
 
-__device__ __forceinline__ void Multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // kTokenTiles tiles of 8 rows of activations.
 template <int kTokenTiles>
 struct Accumulators {
@@ -44,14 +36,6 @@ struct Accumulators {
     for (int i = 0; i < kFloats; ++i) (&sum[0][0][0])[i] = 0.0f;
   }
 };
-
-// Ends an output and stores it.
-template <typename Out>
-__device__ __forceinline__ void StoreOutput(const GemmArgs& args, int64_t row, int64_t column,
-                                            float sum, float bias) {
-  Out* const out = static_cast<Out*>(args.out.data) + row * args.out.stride + column;
-  *out = FromFloat<Out>(FinishSum(args, sum, bias, args.accumulate ? ToFloat(*out) : 0.0f));
-}
 
 template <int kTokenTiles>
 __device__ __forceinline__ void StoreTile(const GemmArgs& args, int64_t tile,
@@ -71,12 +55,7 @@ __device__ __forceinline__ void StoreTile(const GemmArgs& args, int64_t tile,
         for (int i = 0; i < 2; ++i) {
           const int row = t * 8 + lane % 4 * 2 + i;
           if (row >= args.rows) continue;
-          const float sum = all.sum[half][t][pair * 2 + i];
-          if (args.f32_out) {
-            StoreOutput<float>(args, row, column, sum, bias);
-          } else {
-            StoreOutput<__nv_bfloat16>(args, row, column, sum, bias);
-          }
+          StoreSum(args, row, column, all.sum[half][t][pair * 2 + i], bias);
         }
       }
     }
@@ -181,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int half = 0; half < 2; ++half) {
         const uint4 low = w[2 * half];
         const uint4 high = w[2 * half + 1];
-        Multiply(all.sum[half][t], low.x, high.x, low.y, high.y, x.x, x.y);
-        Multiply(all.sum[half][t], low.z, high.z, low.w, high.w, x.z, x.w);
+        Multiply<__nv_bfloat16>(all.sum[half][t], low.x, high.x, low.y, high.y, x.x, x.y);
+        Multiply<__nv_bfloat16>(all.sum[half][t], low.z, high.z, low.w, high.w, x.z, x.w);
       }
     }
     column = next_column;

@@ -48,14 +48,6 @@ struct SkinnyMaps {
   CUtensorMap in;      // [T, K], boxes of T rows
 };
 
-// Ends an output and stores it.
-template <typename Out>
-__device__ __forceinline__ void StoreOutput(const GemmArgs& args, int64_t at, float sum,
-                                            float bias) {
-  Out* const out = static_cast<Out*>(args.out.data) + at;
-  *out = FromFloat<Out>(FinishSum(args, sum, bias, args.accumulate ? ToFloat(*out) : 0.0f));
-}
-
 // kTokenTiles tiles of 8 rows of activations.
 template <int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -170,11 +162,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int m = 0; m < kGroupTiles; ++m) {
           const uint4 low = w[2 * m];
           const uint4 high = w[2 * m + 1];
-          float(&c)[4] = sum[m][t];
-          Multiply<__nv_bfloat16>(c[0], c[1], c[2], c[3], low.x, high.x, low.y, high.y, x[t].x,
-                                  x[t].y);
-          Multiply<__nv_bfloat16>(c[0], c[1], c[2], c[3], low.z, high.z, low.w, high.w, x[t].z,
-                                  x[t].w);
+          Multiply<__nv_bfloat16>(sum[m][t], low.x, high.x, low.y, high.y, x[t].x, x[t].y);
+          Multiply<__nv_bfloat16>(sum[m][t], low.z, high.z, low.w, high.w, x[t].z, x[t].w);
         }
       }
       __syncwarp();
@@ -197,13 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float total = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) total += joined[w * kElements + i * kWarp + lane];
-      const float bias = args.bias == nullptr ? 0.0f : args.bias[output];
-      const int64_t at = row * args.out.stride + output;
-      if (args.f32_out) {
-        StoreOutput<float>(args, at, total, bias);
-      } else {
-        StoreOutput<__nv_bfloat16>(args, at, total, bias);
-      }
+      StoreSum(args, row, output, total, args.bias == nullptr ? 0.0f : args.bias[output]);
     }
     MeetWarps(1, kWarps * kWarp);
   }

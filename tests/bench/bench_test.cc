@@ -205,12 +205,22 @@ TEST_F(ResultFileTest, TablesShowPeersAndVerdictsAndGoBetweenTheirMarkers) {
                              .rows = {{"good", "slow", 9, ""}, {"good", "fast", 3, ""}}})
                   .ok());
   ASSERT_TRUE(file.Add(row).ok());
+  for (const char* error : {"no luck", kDoesNotFit}) {
+    ResultRow failed = Row(error);
+    failed.target = 0;
+    failed.error = error;
+    ASSERT_TRUE(file.Add(failed).ok());
+  }
   const absl::StatusOr<std::string> table = MarkdownTable(*ReadFile(path_, 1 << 20));
   ASSERT_TRUE(table.ok()) << table.status();
   EXPECT_TRUE(absl::StrContains(*table,
                                 "| what good | 2.00 µs ± 1.00 % | 1.00 µs (read) | 50.0 % | "
                                 "≥ 60.0 % | **missed** | slow 9.00 µs, fast 3.00 µs |"))
       << *table;
+  EXPECT_TRUE(absl::StrContains(*table, "| what does not fit | does not fit |"));
+  EXPECT_FALSE(absl::StrContains(*table, "| no luck |"));
+  EXPECT_TRUE(absl::StrContains(
+      *table, "- what no luck: not measured, the next run tries again: no luck\n"));
   EXPECT_TRUE(absl::StrContains(*table, "0 of 1 targets met"));
   EXPECT_TRUE(absl::StrContains(*table, "Peers: others 1.0."));
   EXPECT_EQ(Open().peers().Best("good")->peer, "fast");

@@ -308,7 +308,13 @@ absl::StatusOr<std::string> MarkdownTable(absl::string_view json_text) {
   int missed = 0;
   int held = 0;
   for (const Json& row : file["rows"]) {
-    absl::StrAppend(&text, ShowRow(file, row));
+    const std::string error = row.value("error", "");
+    if (error.empty() || error == kDoesNotFit) {
+      absl::StrAppend(&text, ShowRow(file, row));
+    } else {
+      absl::StrAppend(&notes, "- ", row.value("what", ""),
+                      ": not measured, the next run tries again: ", error, "\n");
+    }
     held += row.value("target", 0.0) != 0;
     missed += row.value("target", 0.0) != 0 && !row.value("met", false);
     if (!row.value("note", "").empty()) {
