@@ -181,9 +181,9 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
       }
       for (int tile = first_tile; tile < end_tile; ++tile) {
         for (int q = 0; q < group; ++q) {
-          WaitPhase(SharedAddress(&shared.empty[place.stage]), place.parity ^ 1);
           const uint32_t ready = SharedAddress(&shared.full[place.stage]);
           if (lane == 0) {
+            WaitPhase(SharedAddress(&shared.empty[place.stage]), place.parity ^ 1);
             ArriveExpecting(ready, kPanels * kQueryPanelBytes);
             for (int panel = 0; panel < kPanels; ++panel) {
               CopyBox(SharedAddress(shared.query[place.stage][panel]), maps.query, ready,

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads)
     FinishKernel(GemmArgs args, const float* sums, int64_t sums_stride) {
   ReleaseLaterKernels();
   WaitForEarlierKernels();
-  const int64_t row = blockIdx.y;
-  const int column = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
+  const int64_t row = blockIdx.x;
+  const int column = (blockIdx.y * kThreads + threadIdx.x) * kWidth;
   if (column >= args.out_columns) return;
   using Sums = Vector<float, kWidth>;
   using Outputs = Vector<Out, kWidth>;
@@ -95,9 +95,10 @@ cudaError_t LaunchFinishAs(const GemmArgs& args, const float* sums, int64_t sums
   constexpr int kWide = 4;
   const bool wide = args.out_columns % kWide == 0 && args.out.stride % kWide == 0 &&
                     reinterpret_cast<uintptr_t>(args.out.data) % (kWide * sizeof(Out)) == 0;
+  // Rows may be more than a grid's y can count.
   const dim3 grid(
-      static_cast<unsigned>(DivideUp(args.out_columns, int64_t{kThreads} * (wide ? kWide : 1))),
-      static_cast<unsigned>(args.rows));
+      static_cast<unsigned>(args.rows),
+      static_cast<unsigned>(DivideUp(args.out_columns, int64_t{kThreads} * (wide ? kWide : 1))));
   const auto kernel = wide ? FinishKernel<Out, kWide> : FinishKernel<Out, 1>;
   return LaunchDependent(context, kernel, grid, kThreads, 0, args, sums, sums_stride);
 }

@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
           }
         }
         softmax = merged;
-        __syncwarp(__activemask());
+        __syncwarp(0xfu << (lane & 28));
         if (lane % 4 == 0) result.WriteSums(row, head, softmax);
       }
     }

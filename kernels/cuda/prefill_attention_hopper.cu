@@ -342,7 +342,7 @@ struct PrefillConsumer {
               Pack<__nv_bfloat16>(pair.x * inverse, pair.y * inverse);
         }
       }
-      __syncwarp(__activemask());  // the quad has read what it joined
+      __syncwarp(0xfu << (lane & 28));  // the quad has read what it joined
       if (lane % 4 == 0) result.WriteSums(at, head, softmax);
     }
   }

@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(kThreads)
   using Elements = Vector<T, kWidth>;
   ReleaseLaterKernels();
   WaitForEarlierKernels();
-  const int64_t row = blockIdx.y;
-  const int column = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
+  const int64_t row = blockIdx.x;
+  const int column = (blockIdx.y * kThreads + threadIdx.x) * kWidth;
   if (column >= args.columns) return;
   const T* const in = static_cast<const T*>(args.in.data) + row * args.in.stride + column;
   const Elements gate = *reinterpret_cast<const Elements*>(in);
@@ -39,8 +39,9 @@ cudaError_t Launch(const SiluGateArgs& args, const LaunchContext& context) {
                       CanVectorise<T>(args.in.data, args.in.stride, args.columns);
     const int width = wide ? kVectorElements<T> : 1;
     const auto kernel = wide ? SiluGateKernel<T, kVectorElements<T>> : SiluGateKernel<T, 1>;
-    const dim3 grid(static_cast<unsigned>(DivideUp(args.columns, int64_t{kThreads} * width)),
-                    static_cast<unsigned>(args.rows));
+    // Rows may be more than a grid's y can count.
+    const dim3 grid(static_cast<unsigned>(args.rows),
+                    static_cast<unsigned>(DivideUp(args.columns, int64_t{kThreads} * width)));
     return LaunchDependent(context, kernel, grid, kThreads, 0, args);
   });
 }

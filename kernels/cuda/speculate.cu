@@ -119,6 +119,7 @@ class StagedKeys {
     if (threadIdx.x == 0) {
       ArriveExpecting(barrier_, static_cast<uint32_t>((end - begin) * token_bytes));
     }
+    FenceAsyncProxy();  // what this block has read there came before
     const uint64_t policy = ReadOncePolicy();
     const int32_t run = min(piece, view.block_size);
     for (int32_t first = begin + threadIdx.x * run; first < end; first += kThreads * run) {
