@@ -20,17 +20,14 @@ inline constexpr int64_t kSpecNestingDepth = 32;
 inline constexpr int64_t kAxes = 16;
 inline constexpr int64_t kValuesPerAxis = 4096;
 inline constexpr int64_t kArms = 256;
-inline constexpr int64_t kRepeats = 10'000;
 inline constexpr int64_t kTrialsPerExperiment = 1'000'000;
 inline constexpr int64_t kNameLength = 128;  // experiments, arms, workers, labels: characters
 
 // One trial.
 inline constexpr int64_t kRequestsPerTrial = 1'000'000;
-inline constexpr int64_t kContextTokens = 1 << 20;      // prompt and output of one request together
-inline constexpr int64_t kConcurrentRequests = 65'536;  // running and waiting in the engine
+inline constexpr int64_t kContextTokens = 1 << 20;  // prompt and output of one request together
 inline constexpr int64_t kSamplesPerTrial = 1'000'000;
 inline constexpr int64_t kCountersPerTrial = 4096;
-inline constexpr int64_t kTrialSeconds = 7 * 24 * 3600;
 inline constexpr int64_t kEvidenceBytes =
     16 * kKiB;  // text that explains an outcome, end of stderr included
 
@@ -82,7 +79,6 @@ inline constexpr int64_t kRecorderRows = 262'144;
 // The coordinator.
 inline constexpr int64_t kEventQueueLength = 65'536;
 inline constexpr int64_t kQueuedTrials = 1'000'000;
-inline constexpr int64_t kExperimentsOpen = 10'000;
 inline constexpr int64_t kWatchers = 1'000;
 inline constexpr int64_t kQueryRows = 100'000;  // of one remote query's answer
 inline constexpr int64_t kQueryTextBytes = 64 * kKiB;

@@ -23,7 +23,7 @@ constexpr char kMore[] =
     "\n"
     "Example:\n"
     "  kvsweep compare                       # the newest experiment of kvsweep.db\n"
-    "  kvsweep compare quickstart --metrics p99_ttft_ms,output_throughput --output markdown\n"
+    "  kvsweep compare quickstart --metrics median_ttft_ms,output_throughput --output markdown\n"
     "`kvsweep spec --metrics` lists the metrics.\n";
 
 struct Flags {

@@ -6,6 +6,9 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "cli/exit_code.h"
+#include "kernels/cost.h"
+#include "worker/engine/model_config.h"
+#include "worker/engine/shape_catalogue.h"
 #include "worker/engine/weights.h"
 
 namespace kvsweep {
@@ -32,8 +35,39 @@ void AddSpecFlags(CLI::App& command, SpecFlags* flags) {
   AddOverrideFlag(command, &flags->overrides);
 }
 
+namespace {
+
+// What the engine must know by name or hold: the shape, the profile of modelled time, requests as
+// long as the spec says.
+void CheckEngineKnows(const Experiment& experiment, const ResolvedInputs& resolved,
+                      ProblemList* problems) {
+  const auto add = [&](absl::string_view field, const absl::Status& status) {
+    if (!status.ok()) {
+      problems->Add({.field = std::string(field), .what = std::string(status.message())});
+    }
+  };
+  const Model& model = experiment.model();
+  if (model.has_shape()) add("model.shape", FindShape(model.shape()).status());
+  if (experiment.engine().has_device_profile()) {
+    add("engine.device_profile", FindDeviceProfile(experiment.engine().device_profile()).status());
+  }
+  const auto folder = resolved.local_paths.find(model.path());
+  const Lengths& lengths = experiment.load().lengths();
+  if (folder == resolved.local_paths.end() || !lengths.has_max_total()) return;
+  const absl::StatusOr<ModelConfig> config = LoadModelConfig(folder->second);
+  if (!config.ok() || lengths.max_total() <= static_cast<uint32_t>(config->max_positions)) return;
+  problems->Add(
+      {.field = "load.lengths.max_total",
+       .value = absl::StrCat(lengths.max_total()),
+       .what = absl::StrCat("exceeds the model's context of ", config->max_positions, " tokens"),
+       .remedy = "lower it"});
+}
+
+}  // namespace
+
 absl::StatusOr<LoadedExperiment> LoadSpec(const SpecFlags& flags) {
-  const LoadOptions options{.overrides = flags.overrides, .environment = SystemEnvironment()};
+  const LoadOptions options{
+      .overrides = flags.overrides, .environment = SystemEnvironment(), .check = CheckEngineKnows};
   ASSIGN_OR_RETURN(LoadedExperiment loaded, LoadExperiment(flags.path, options));
   const auto folder = loaded.resolved.local_paths.find(loaded.experiment.model().path());
   if (folder != loaded.resolved.local_paths.end()) {

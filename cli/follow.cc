@@ -66,6 +66,14 @@ class Failures {
   int64_t looked_ns_ = 0;
 };
 
+// The cancelled among the event's failed rounds, from the store: a cancellation ends all that is
+// left at once, so that only the last event has any. 0 where the store does not say.
+uint64_t CancelledRounds(TableSource& tables, ExperimentId experiment, const WatchEvent& event) {
+  if (!event.finished() || event.rounds_failed() == 0) return 0;
+  const absl::StatusOr<Standing> standing = ReadStanding(tables, experiment);
+  return standing.ok() ? static_cast<uint64_t>(standing->cancelled) : 0;
+}
+
 }  // namespace
 
 absl::Status Follow(ControlClient& client, TableSource& tables, ExperimentId experiment,
@@ -77,7 +85,7 @@ absl::Status Follow(ControlClient& client, TableSource& tables, ExperimentId exp
       tries = 0;
       for (const std::string& message : event.messages()) display->Say(message);
       failures.Look(event.rounds_done() + event.rounds_failed(), event.finished());
-      display->Show(event);
+      display->Show(event, CancelledRounds(tables, experiment, event));
     });
     if (!absl::IsUnavailable(status)) break;
     if (tries == 0) display->Say(absl::StrCat(status.message(), "; trying again"));

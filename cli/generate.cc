@@ -26,6 +26,7 @@
 #include "experiments/spec.h"
 #include "proto/runner.pb.h"
 #include "proto/schema.h"
+#include "worker/engine/shape_catalogue.h"
 #include "worker/runner_choice.h"
 
 namespace kvsweep {
@@ -126,6 +127,13 @@ absl::Status FillRequest(const Flags& flags, GenerateRequest* request) {
   } else if (flags.model.find('/') != std::string::npos) {
     return absl::NotFoundError(absl::StrCat("MODEL ", flags.model, ": no such folder"));
   } else {
+    RETURN_IF_ERROR(FindShape(flags.model).status());
+    if (!flags.prompt.empty() || !flags.prompt_file.empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("MODEL ", flags.model,
+                       " is a shape: random weights have no tokenizer; give token ids with "
+                       "--prompt-ids, or a model folder"));
+    }
     request->mutable_model()->set_shape(flags.model);
     request->mutable_model()->set_weights(Model::WEIGHTS_RANDOM);
   }

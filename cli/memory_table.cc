@@ -43,13 +43,23 @@ class MemoryPlanner {
     return planner;
   }
 
+  // The model as the trial's runner has it: a shape's positions reach as far as the trial asks.
+  ModelConfig ConfigOf(const TrialSpec& trial) const {
+    ModelConfig config = config_;
+    if (trial.model().has_shape()) {
+      ExtendPositions(static_cast<int32_t>(NamedContext(trial)), &config);
+    }
+    return config;
+  }
+
   absl::StatusOr<Demand> DemandOf(const TrialSpec& trial) {
+    const ModelConfig config = ConfigOf(trial);
     Load load = trial.load();
     // Lengths do not depend on the text.
     load.clear_text();
-    WorkloadInputs inputs{.context_tokens = static_cast<uint32_t>(config_.max_positions),
-                          .vocabulary = static_cast<uint32_t>(config_.vocabulary),
-                          .bos_id = config_.bos_id};
+    WorkloadInputs inputs{.context_tokens = static_cast<uint32_t>(config.max_positions),
+                          .vocabulary = static_cast<uint32_t>(config.vocabulary),
+                          .bos_id = config.bos_id};
     if (load.lengths().has_trace()) {
       ASSIGN_OR_RETURN(inputs.trace, FindTrace(load.lengths().trace()));
     }
@@ -68,21 +78,22 @@ class MemoryPlanner {
   }
 
   absl::StatusOr<MemoryModel> ModelOf(const TrialSpec& trial, const Demand& demand) const {
+    const ModelConfig config = ConfigOf(trial);
     const bool cuda = trial.engine().backend() == Engine::BACKEND_CUDA;
     // The CPU computes in f32; a GPU in the model's own type.
-    const DType computed = cuda ? config_.dtype : DType::kF32;
+    const DType computed = cuda ? config.dtype : DType::kF32;
     const auto sequences = static_cast<int32_t>(trial.engine().max_num_seqs());
     const auto batched = static_cast<int32_t>(trial.engine().max_num_batched_tokens());
     const int32_t decode_rows = PaddedDecodeRows(sequences);
     const StrategySizes sizes{
-        .shape = {.layers = config_.layers,
-                  .hidden_size = config_.hidden_size,
-                  .query_heads = config_.query_heads,
-                  .kv_heads = config_.kv_heads,
-                  .head_dim = config_.head_dim,
-                  .max_positions = config_.max_positions,
-                  .rotary = config_.positions == PositionKind::kRotary},
-        .kv_dtype = KvDtype(trial.kv(), config_.dtype, computed),
+        .shape = {.layers = config.layers,
+                  .hidden_size = config.hidden_size,
+                  .query_heads = config.query_heads,
+                  .kv_heads = config.kv_heads,
+                  .head_dim = config.head_dim,
+                  .max_positions = config.max_positions,
+                  .rotary = config.positions == PositionKind::kRotary},
+        .kv_dtype = KvDtype(trial.kv(), config.dtype, computed),
         .activation_dtype = computed,
         .weight_dtype = computed,
         .device_bytes = trial.kv().device_bytes(),
@@ -205,6 +216,13 @@ absl::StatusOr<std::vector<std::string>> MemoryWarnings(const Matrix& matrix,
                                          const Demand& demand, absl::StatusOr<MemoryModel>& model) {
     const std::string place =
         absl::StrCat("arm ", trial.arm().name(), cell == "-" ? "" : absl::StrCat(", ", cell));
+    const Lengths& lengths = trial.load().lengths();
+    const uint64_t asked = uint64_t{lengths.input()} + lengths.output();
+    if (asked > static_cast<uint64_t>(demand.max_total)) {
+      warnings.push_back(absl::StrCat(place, ": load.lengths: ", lengths.input(), " and ",
+                                      lengths.output(), " tokens are clipped to the model's ",
+                                      demand.max_total, "; lower them"));
+    }
     if (!model.ok()) {
       warnings.push_back(absl::StrCat(place, ": ", model.status().message()));
       return true;

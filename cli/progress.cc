@@ -56,13 +56,16 @@ bool IsTerminal(std::FILE* out) {
 
 }  // namespace
 
-std::string ProgressLine(const WatchEvent& event) {
+std::string ProgressLine(const WatchEvent& event, uint64_t cancelled) {
   std::string line = absl::StrCat(Ended(event), "/", event.rounds(), " rounds");
   std::vector<std::string> parts;
   if (event.rounds_served() > 0) {
     parts.push_back(absl::StrCat(event.rounds_served(), " from the store"));
   }
-  if (event.rounds_failed() > 0) parts.push_back(absl::StrCat(event.rounds_failed(), " failed"));
+  cancelled = std::min<uint64_t>(cancelled, event.rounds_failed());
+  const uint64_t failed = event.rounds_failed() - cancelled;
+  if (failed > 0) parts.push_back(absl::StrCat(failed, " failed"));
+  if (cancelled > 0) parts.push_back(absl::StrCat(cancelled, " cancelled"));
   if (!parts.empty()) absl::StrAppend(&line, " (", absl::StrJoin(parts, ", "), ")");
   if (event.finished()) return line;
   if (event.eta_ns() >= 0) {
@@ -80,8 +83,8 @@ std::string ProgressLine(const WatchEvent& event) {
 ProgressDisplay::ProgressDisplay(std::FILE* out, const Clock& clock)
     : out_(out), clock_(clock), redraws_(IsTerminal(out)) {}
 
-void ProgressDisplay::Show(const WatchEvent& event) {
-  const std::string line = ProgressLine(event);
+void ProgressDisplay::Show(const WatchEvent& event, uint64_t cancelled) {
+  const std::string line = ProgressLine(event, cancelled);
   if (redraws_) {
     const std::string cut(Cut(line, Columns(out_) - 1));
     std::fprintf(out_, "\r\033[K%s", cut.c_str());

@@ -12,8 +12,9 @@
 namespace kvsweep {
 
 // Where an experiment stands, in one line: rounds done of all, what was served and what failed, the
-// time that is left, what runs now or why nothing does.
-std::string ProgressLine(const WatchEvent& event);
+// time that is left, what runs now or why nothing does. `cancelled` of the event's failed rounds
+// were cancelled, which the event does not tell.
+std::string ProgressLine(const WatchEvent& event, uint64_t cancelled = 0);
 
 // Progress on a terminal is one line that is drawn again; elsewhere (a log file, a pipe) it is a
 // line now and then. What must not be missed is said on lines of its own. One thread at a time.
@@ -25,7 +26,8 @@ class ProgressDisplay {
   ProgressDisplay(const ProgressDisplay&) = delete;
   ProgressDisplay& operator=(const ProgressDisplay&) = delete;
 
-  void Show(const WatchEvent& event);
+  // As ProgressLine.
+  void Show(const WatchEvent& event, uint64_t cancelled = 0);
 
   // One line that stays.
   void Say(absl::string_view line);

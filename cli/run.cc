@@ -142,7 +142,13 @@ absl::Status RunToEnd(const Flags& flags, const LoadedExperiment& loaded, TableS
     const RunnerChoice choice = ChooseRunner(ProgramFolder(), RealClock::Get());
     worker.runner_path = choice.path;
     LogInfo("runner: ", choice.reason);
-    if (absl::EndsWith(choice.path, "-cuda")) display->Say(choice.reason);
+    const bool has_device = absl::EndsWith(choice.path, "-cuda");
+    if (has_device) display->Say(choice.reason);
+    // No other worker joins this command's coordinator.
+    if (!has_device && loaded.experiment.engine().backend() == Engine::BACKEND_CUDA) {
+      return absl::UnavailableError(absl::StrCat(
+          "engine.backend: cuda, and this machine has no device for it: ", choice.reason));
+    }
   }
   RETURN_IF_ERROR(cluster.StartWorker(worker, interrupt).status());
   ASSIGN_OR_RETURN(const SubmitReply reply, SubmitWithFiles(cluster.client(), loaded, request));
@@ -194,6 +200,11 @@ int Run(const Flags& flags) {
   // An unknown metric must not come to light after an hour of measuring.
   const absl::Status metrics = CheckMetrics(flags.metrics);
   if (!metrics.ok()) return Fail(metrics);
+  if (flags.dry_run && flags.output != "table") {
+    return Fail(absl::InvalidArgumentError(
+        absl::StrCat("--dry-run prints a table, not ", flags.output,
+                     "; `kvsweep expand SPEC --output ", flags.output, "` prints the matrix")));
+  }
   if (flags.dry_run) return DryRun(flags, *loaded, *matrix);
 
   Interrupt interrupt;

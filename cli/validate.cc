@@ -33,14 +33,15 @@ absl::Status Validate(const SpecFlags& spec) {
   ASSIGN_OR_RETURN(const LoadedExperiment loaded, LoadSpec(spec));
   const absl::StatusOr<Matrix> matrix = Matrix::Create(loaded.experiment, loaded.resolved.inputs);
   RETURN_IF_ERROR(Annotate(matrix.status(), spec.path));
+  const absl::StatusOr<std::vector<std::string>> warnings = MemoryWarnings(*matrix, loaded);
+  RETURN_IF_ERROR(Annotate(warnings.status(), spec.path));
   const std::optional<ModelReference>& model = loaded.resolved.inputs.model;
   std::printf(
       "%s: sound; %s; model %s\n", spec.path.c_str(), FormatCounts(*matrix).c_str(),
       model.has_value()
           ? (model->name() + ", " + FormatBytes(static_cast<int64_t>(model->bytes()))).c_str()
           : (loaded.experiment.model().shape() + ", random weights").c_str());
-  ASSIGN_OR_RETURN(const std::vector<std::string> warnings, MemoryWarnings(*matrix, loaded));
-  for (const std::string& warning : warnings) {
+  for (const std::string& warning : *warnings) {
     std::fprintf(stderr, "%s: warning: %s\n", spec.path.c_str(), warning.c_str());
   }
   return absl::OkStatus();

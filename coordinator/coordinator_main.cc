@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -31,9 +32,12 @@ constexpr char kExample[] =
     "The first line on stdout is the address, so that --listen 127.0.0.1:0 can be used in "
     "scripts.\n";
 
-int Fail(const std::string& what) {
-  std::fprintf(stderr, "kvsweep-coordinator: %s\n", what.c_str());
-  return 1;
+// As of cli/exit_code.h: wrong flags.
+constexpr int kExitUsage = 2;
+
+int Fail(const absl::Status& status) {
+  std::fprintf(stderr, "kvsweep-coordinator: %s\n", std::string(status.message()).c_str());
+  return absl::IsInvalidArgument(status) ? kExitUsage : 1;
 }
 
 struct Flags {
@@ -45,11 +49,12 @@ struct Flags {
 
 int Serve(const Flags& flags) {
   const absl::StatusOr<LogLevel> level = ParseLogLevel(flags.log_level);
-  if (!level.ok()) return Fail(std::string(level.status().message()));
+  if (!level.ok()) return Fail(level.status());
   SetLog("kvsweep-coordinator", *level);
   const absl::StatusOr<int64_t> lease_ns = ParseDurationNs(flags.lease);
   if (!lease_ns.ok() || *lease_ns < kNsPerSecond / 2) {
-    return Fail("--lease " + flags.lease + ": a duration of at least 500ms, such as 15s");
+    return Fail(absl::InvalidArgumentError("--lease " + flags.lease +
+                                           ": a duration of at least 500ms, such as 15s"));
   }
 
   // Blocked before any thread starts, so that all inherit it and only sigwait below takes them.
@@ -59,8 +64,16 @@ int Serve(const Flags& flags) {
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
 
+  // Before the store: a start that fails for its address leaves no new file behind.
+  for (const std::string& address : flags.listen) {
+    const absl::Status status = CheckAddressIsFree(address);
+    if (!status.ok()) return Fail(status);
+  }
   absl::StatusOr<std::unique_ptr<Store>> store = OpenSqliteStore(flags.store);
-  if (!store.ok()) return Fail(std::string(store.status().message()));
+  if (!store.ok()) {
+    // Not the flags' fault, whatever the store calls it.
+    return Fail(absl::UnavailableError(store.status().message()));
+  }
   CoordinatorOptions options;
   options.store = *std::move(store);
   options.store_path = flags.store;
@@ -72,7 +85,7 @@ int Serve(const Flags& flags) {
   options.scheduler.lease.reconnect_ns = std::min(2 * kNsPerSecond, *lease_ns / 2);
   absl::StatusOr<std::unique_ptr<Coordinator>> coordinator =
       Coordinator::Start(std::move(options), RealClock::Get());
-  if (!coordinator.ok()) return Fail(std::string(coordinator.status().message()));
+  if (!coordinator.ok()) return Fail(coordinator.status());
   for (const std::string& address : (*coordinator)->addresses()) {
     std::printf("%s\n", address.c_str());
   }
@@ -87,6 +100,9 @@ int Serve(const Flags& flags) {
 }
 
 int Main(int argc, char** argv) {
+  // gRPC reads it when it starts. What goes wrong is said once, in our words, unless somebody asks
+  // for gRPC's too.
+  setenv("GRPC_VERBOSITY", "NONE", /*replace=*/0);
   CLI::App app(kDescription, "kvsweep-coordinator");
   Flags flags;
   app.footer(kExample);
@@ -104,7 +120,7 @@ int Main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error);
+    return app.exit(error) == 0 ? 0 : kExitUsage;
   }
   return Serve(flags);
 }

@@ -4,11 +4,15 @@
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/resource_quota.h>
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <thread>
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/memory/memory.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -360,6 +364,11 @@ class ControlServiceImpl final : public ControlService::CallbackService {
   const Parts& parts_;
 };
 
+absl::Status CannotListen(const std::string& addresses) {
+  return absl::UnavailableError(
+      absl::StrCat("cannot listen on ", addresses, ": is another coordinator running?"));
+}
+
 bool IsLoopbackHost(absl::string_view host) {
   return host == "localhost" || host == "[::1]" ||
          (absl::StartsWith(host, "127.") &&
@@ -415,6 +424,32 @@ absl::Status CheckListenAddress(absl::string_view address) {
       "127.0.0.1, [::1], localhost or unix:PATH, and reach it through a tunnel (ssh -L)"));
 }
 
+absl::Status CheckAddressIsFree(const std::string& address) {
+  RETURN_IF_ERROR(CheckListenAddress(address));
+  if (absl::StartsWith(address, "unix:")) return absl::OkStatus();
+  const size_t colon = address.rfind(':');
+  std::string host = address.substr(0, colon);
+  if (host == "[::1]") host = "::1";
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  // What has no address here is for the server to refuse.
+  if (getaddrinfo(host.c_str(), address.substr(colon + 1).c_str(), &hints, &found) != 0) {
+    return absl::OkStatus();
+  }
+  const absl::Cleanup free_found = [found] { freeaddrinfo(found); };
+  // One of them is enough, as for the server ("localhost" has two).
+  for (const addrinfo* one = found; one != nullptr; one = one->ai_next) {
+    const int fd = socket(one->ai_family, one->ai_socktype | SOCK_CLOEXEC, one->ai_protocol);
+    if (fd < 0) continue;
+    const absl::Cleanup close_fd = [fd] { close(fd); };
+    const int reuse = 1;  // connections that have ended do not hold a port, only who listens
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &reuse, sizeof(reuse));
+    if (bind(fd, one->ai_addr, one->ai_addrlen) == 0) return absl::OkStatus();
+  }
+  return CannotListen(address);
+}
+
 // ----------------------------------------------------------------------------------- coordinator
 
 class Coordinator::Impl {
@@ -442,8 +477,7 @@ class Coordinator::Impl {
     SetLimits(builder);
     server_ = builder.BuildAndStart();
     if (server_ == nullptr || std::count(ports.begin(), ports.end(), 0) > 0) {
-      return absl::UnavailableError(absl::StrCat("cannot listen on ", absl::StrJoin(listen, ", "),
-                                                 ": is another coordinator running?"));
+      return CannotListen(absl::StrJoin(listen, ", "));
     }
     for (size_t i = 0; i < listen.size(); ++i) {
       const bool is_unix = absl::StartsWith(listen[i], "unix:");

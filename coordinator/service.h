@@ -67,6 +67,10 @@ class Coordinator {
 // encrypted, everything else is InvalidArgument, with the reason.
 absl::Status CheckListenAddress(absl::string_view address);
 
+// The same, and Unavailable where another program listens on that port now. Unix sockets are not
+// tried.
+absl::Status CheckAddressIsFree(const std::string& address);
+
 }  // namespace kvsweep
 
 #endif  // KVSWEEP_COORDINATOR_SERVICE_H_

@@ -215,9 +215,11 @@ std::string FormatCellTable(const ComparedCell& cell, const std::vector<std::str
   std::vector<std::vector<std::string>> titles = {{"arm"}, {"n"}};
   for (const std::string& metric : metrics) titles.push_back(MetricTitle(metric));
   titles.push_back({"attended", "fraction"});
-  const bool with_limit = std::ranges::any_of(cell.arms, [](const ComparedArm& arm) {
-    return TelemetryValue(arm, kOverPredicted).has_value();
-  });
+  // Of modelled time it says nothing: there are no kernels to look for.
+  const bool with_limit = cell.context.time_mode == "real" &&
+                          std::ranges::any_of(cell.arms, [](const ComparedArm& arm) {
+                            return TelemetryValue(arm, kOverPredicted).has_value();
+                          });
   if (with_limit) titles.push_back({"decode", "over", "limit"});
   titles.push_back({"engaged"});
   if (with_quality) {

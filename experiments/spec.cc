@@ -594,6 +594,9 @@ absl::StatusOr<LoadedExperiment> LoadExperiment(const std::string& path,
   loaded.resolved = ResolveInputs(loaded.experiment,
                                   std::filesystem::path(path).parent_path().string(), &problems);
   if (problems.empty()) CheckTraces(loaded.experiment, loaded.resolved, &problems);
+  if (problems.empty() && options.check) {
+    options.check(loaded.experiment, loaded.resolved, &problems);
+  }
   RETURN_IF_ERROR(problems.Located(places).ToStatus(path));
   return loaded;
 }

@@ -7,6 +7,7 @@
 #ifndef KVSWEEP_EXPERIMENTS_SPEC_H_
 #define KVSWEEP_EXPERIMENTS_SPEC_H_
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,11 @@ namespace kvsweep {
 struct LoadOptions {
   std::vector<std::string> overrides;  // "kv.device_bytes=6MiB", applied after reading
   Environment environment;             // for ${NAME}; see SystemEnvironment
+  // What only the caller can judge (LoadExperiment alone), once all else is sound: `resolved` tells
+  // where its files lie. Problems are told at the places of their fields.
+  std::function<void(const Experiment& experiment, const ResolvedInputs& resolved,
+                     ProblemList* problems)>
+      check;
 };
 
 // A spec that was read, checked, and whose files were found.

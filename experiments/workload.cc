@@ -98,6 +98,17 @@ class Workload::LengthSource {
   std::vector<uint32_t> order_;
 };
 
+uint32_t NamedContext(const TrialSpec& trial) {
+  if (trial.kind() == TrialSpec::KIND_QUALITY) {
+    return std::min<uint32_t>(trial.quality().context(), limits::kContextTokens);
+  }
+  const Lengths& lengths = trial.load().lengths();
+  const uint64_t most = std::max(
+      {uint64_t{lengths.max_total()}, uint64_t{lengths.input()} + lengths.output(),
+       uint64_t{lengths.input_distribution().max()} + lengths.output_distribution().max()});
+  return static_cast<uint32_t>(std::min<uint64_t>(most, limits::kContextTokens));
+}
+
 absl::StatusOr<Workload> Workload::Build(const Load& load, const Seeds& seeds,
                                          const WorkloadInputs& inputs) {
   const Lengths& lengths = load.lengths();

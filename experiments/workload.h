@@ -59,6 +59,10 @@ struct WorkloadInputs {
   const Trace* trace = nullptr;  // lengths.trace; null when there is none
 };
 
+// Tokens of the longest request that a trial names by number; those of a trace are clipped to the
+// model. A shape's positions are extended to as many.
+uint32_t NamedContext(const TrialSpec& trial);
+
 class Workload {
  public:
   // `load` must have passed CheckTrial, with defaults filled in. What `inputs` points to must

@@ -249,8 +249,9 @@ absl::StatusOr<std::string> TableSource::ShowTrial(TrialId id) {
 absl::StatusOr<std::string> TableSource::Logs(TrialId id) {
   ASSIGN_OR_RETURN(
       const Table rounds,
-      Run(absl::StrCat("SELECT round_id, state, reason FROM v_trials WHERE trial_id = ",
-                       id.value()),
+      Run(absl::StrCat(
+              "SELECT round_id, state, reason, outcome, evidence FROM v_trials WHERE trial_id = ",
+              id.value()),
           kPage));
   if (rounds.rows.empty()) {
     return absl::NotFoundError(absl::StrCat("the store has no trial ", id.value()));
@@ -274,13 +275,16 @@ absl::StatusOr<std::string> TableSource::Logs(TrialId id) {
   for (size_t i = 0; i < lines.rows.size(); ++i) {
     absl::StrAppend(&text, Row(lines, i).Text("utc"), " ", Row(lines, i).Text("text"), "\n");
   }
+  const std::string outcome = Row(rounds, 0).Text("outcome");
+  if (outcome.empty()) return text;
+  const std::string evidence = Row(rounds, 0).Text("evidence");
+  absl::StrAppend(&text, "outcome: ", outcome, evidence.empty() ? "" : ": ", evidence, "\n");
   ASSIGN_OR_RETURN(
       const Table outcomes,
-      Run(absl::StrCat("SELECT evidence, log_tail FROM v_outcomes WHERE trial_id = ", id.value()),
-          kPage));
+      Run(absl::StrCat("SELECT log_tail FROM v_outcomes WHERE trial_id = ", id.value()), kPage));
   for (size_t i = 0; i < outcomes.rows.size(); ++i) {
-    const Row row(outcomes, i);
-    absl::StrAppend(&text, "outcome: ", row.Text("evidence"), "\n", row.Text("log_tail"), "\n");
+    const std::string tail = Row(outcomes, i).Text("log_tail");
+    if (!tail.empty()) absl::StrAppend(&text, tail, "\n");
   }
   return text;
 }

@@ -9,7 +9,9 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/limits.h"
 #include "base/log.h"
@@ -21,6 +23,17 @@
 #include "worker/wire.h"
 
 namespace kvsweep {
+namespace {
+
+// Exit codes of a program that does not take its arguments: the usual one, and CLI11's own, which
+// kvsweep-runner ends with.
+bool IsUsageExit(const RunnerExit& exit) {
+  return exit.signal == 0 &&
+         (exit.exit_code == 2 || (exit.exit_code >= 100 && exit.exit_code <= 114));
+}
+
+}  // namespace
+
 absl::StatusOr<std::shared_ptr<grpc::Channel>> DialCoordinator(const std::string& address) {
   return OpenCoordinatorChannel(address);
 }
@@ -61,6 +74,7 @@ class Worker::Daemon {
   void CarryOutAll();
   void CarryOut(const SessionAction& action);
   void StartRunner(SlotIndex slot);
+  bool EndOnUsage(SlotIndex slot, const RunnerExit& exit);
   void OnFrame(SlotIndex slot, const FromRunner& frame);
   void SendFrame(const SessionAction& action, const ToRunner& frame);
   void SendTrial(const SessionAction& action);
@@ -258,6 +272,7 @@ void Worker::Daemon::StartRunner(SlotIndex slot) {
           [this, slot](const RunnerExit& exit) {
             LogInfo("slot ", slot.value(), ": its runner has ended, signal ", exit.signal,
                     ", exit code ", exit.exit_code);
+            if (EndOnUsage(slot, exit)) return;
             Enter([&](Session& session, int64_t now_ns) {
               return session.OnRunnerExited(now_ns, slot, exit);
             });
@@ -273,6 +288,22 @@ void Worker::Daemon::StartRunner(SlotIndex slot) {
   Enter([&](Session& session, int64_t now_ns) {
     return session.OnRunnerExited(now_ns, slot, {.reason = std::string(runner.status().message())});
   });
+}
+
+// On the runner's thread. Whether the worker ends because its runner does not take its arguments:
+// starting it again would not help.
+bool Worker::Daemon::EndOnUsage(SlotIndex slot, const RunnerExit& exit) {
+  if (!options_.end_on_runner_usage || !IsUsageExit(exit)) return false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (At(slot).hello.has_value()) return false;
+  }
+  const RunnerCommand& command = options_.runners[slot.value()];
+  End(absl::InvalidArgumentError(absl::StrCat(
+      "slot ", slot.value(), ": ", command.path, " does not take its arguments (",
+      absl::StrJoin(command.arguments, " "), "), exit code ", exit.exit_code, "; mend --slot",
+      exit.log_tail.empty() ? "" : "; it wrote: ", absl::StripAsciiWhitespace(exit.log_tail))));
+  return true;
 }
 
 // On the runner's thread.

@@ -27,6 +27,9 @@ struct WorkerOptions {
   std::vector<std::string> model_folders;  // --models; see ModelShelf
   std::string cache_folder;  // files that were fetched, digests, rows spilled; made if missing
   SessionOptions session;    // its number of slots is taken from `runners`
+  // A runner that refuses its arguments before it has ever said hello ends the worker, instead of
+  // being started again.
+  bool end_on_runner_usage = false;
   int64_t heartbeat_ns = kNsPerSecond;           // longest silence towards the coordinator
   int64_t silence_limit_ns = 10 * kNsPerSecond;  // a coordinator that does not answer: connect anew
   int64_t rescan_ns = 60 * kNsPerSecond;         // between two looks at the model folders
@@ -64,8 +67,9 @@ class Worker {
   // First call: finish and settle what is held, take nothing new, then end. Second: end now.
   void Shutdown();
 
-  // Returns when the worker has ended by itself: after Shutdown, or because a newer worker has
-  // taken its name. The status says which: OK, or FailedPrecondition.
+  // Returns when the worker has ended by itself: after Shutdown, because a newer worker has taken
+  // its name, or because a runner does not take its arguments. The status says which: OK,
+  // FailedPrecondition, or InvalidArgument.
   absl::Status WaitUntilDone();
 
  private:

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -34,6 +35,9 @@ constexpr char kExample[] =
 
 Example: two unequal slots, models in a Hugging Face cache
   kvsweep-worker --slot "--threads 2" --slot "--threads 6" --models ~/.cache/huggingface/hub)";
+
+// As of cli/exit_code.h: wrong flags.
+constexpr int kExitUsage = 2;
 
 struct Flags {
   std::string coordinator = "127.0.0.1:7470";
@@ -104,6 +108,16 @@ absl::StatusOr<WorkerOptions> OptionsFrom(const Flags& flags) {
     }
     options.labels[parts[0]] = parts[1];
   }
+  for (const std::string& folder : flags.models) {
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(folder, ignored)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "--models ", folder,
+          ": no such folder; name a folder of model folders, a model folder or a Hugging Face "
+          "cache, or leave it out"));
+    }
+  }
+  options.end_on_runner_usage = true;
   RunnerCommand command{.path = flags.runner};
   if (command.path.empty()) {
     const RunnerChoice choice = ChooseRunner(ProgramFolder(), RealClock::Get());
@@ -179,9 +193,13 @@ int main(int argc, char** argv) {
   kvsweep::Flags flags;
   CLI::App app(kvsweep::kDescription, "kvsweep-worker");
   kvsweep::DefineFlags(app, flags);
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kvsweep::kExitUsage;
+  }
   const absl::Status status = kvsweep::Run(flags);
   if (status.ok()) return 0;
   std::fprintf(stderr, "kvsweep-worker: %s\n", std::string(status.message()).c_str());
-  return 1;
+  return absl::IsInvalidArgument(status) ? kvsweep::kExitUsage : 1;
 }

@@ -164,16 +164,23 @@ absl::StatusOr<std::vector<BenchAxis>> GivenAxes(const Options& options) {
   return given;
 }
 
-// All points of `axes`, those that were given in place of the defaults. InvalidArgument for an axis
-// that nobody has asked for.
-absl::StatusOr<std::vector<Point>> PointsOf(std::vector<BenchAxis> axes,
-                                            const std::vector<BenchAxis>& given) {
+// All points of `axes`, those that were given in place of the defaults.
+std::vector<Point> PointsOf(std::vector<BenchAxis> axes, const std::vector<BenchAxis>& given) {
   for (BenchAxis& axis : axes) {
     for (const BenchAxis& other : given) {
       if (other.name == axis.name) axis = other;
     }
   }
   return Expand(axes);
+}
+
+// What the commands that time whole steps vary, with the defaults.
+std::vector<BenchAxis> StepAxes() { return {{"B", {8}}, {"context", {1024}}}; }
+std::vector<BenchAxis> BurstAxes() {
+  return {{"B", {64}}, {"input", {512}}, {"output", {128}}, {"tokens", {2048, 8192}}};
+}
+std::vector<BenchAxis> OffloadAxes() {
+  return {{"B", {8}}, {"context", {1920}}, {"selected", {400}}};
 }
 
 // ---------------------------------------------------------------------------------------- commands
@@ -194,12 +201,19 @@ class Command {
 
   absl::Status Kernels() {
     ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
+    const auto wanted = [&](const KernelCase& kernel) {
+      const auto& only = options_.only;
+      return only.empty() || std::ranges::find(only, kernel.name) != only.end();
+    };
+    std::vector<BenchAxis> axes;
+    for (const KernelCase& kernel : KernelCases()) {
+      if (wanted(kernel)) axes.insert(axes.end(), kernel.axes.begin(), kernel.axes.end());
+    }
+    RETURN_IF_ERROR(CheckAxes(given, axes));
     RETURN_IF_ERROR(Limits(false));
     for (const KernelCase& kernel : KernelCases()) {
-      const auto& wanted = options_.only;
-      if (!wanted.empty() && std::ranges::find(wanted, kernel.name) == wanted.end()) continue;
-      ASSIGN_OR_RETURN(const std::vector<Point> points, PointsOf(kernel.axes, given));
-      for (const Point& point : points) {
+      if (!wanted(kernel)) continue;
+      for (const Point& point : PointsOf(kernel.axes, given)) {
         Measure(absl::StrCat(kernel.name, " ", Show(point)), [&](ResultRow* row) {
           return TimeKernel(bench_, kernel.name, point.values(), row);
         });
@@ -209,10 +223,8 @@ class Command {
   }
 
   absl::Status Step() {
-    ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
+    ASSIGN_OR_RETURN(const std::vector<Point> points, Points(StepAxes()));
     RETURN_IF_ERROR(Limits(false));
-    ASSIGN_OR_RETURN(const std::vector<Point> points,
-                     PointsOf({{"B", {8}}, {"context", {1024}}}, given));
     for (const std::string& model : options_.models) {
       for (const Point& point : points) {
         for (const OffloadArm& choice : StepArms(point.at("context"))) {
@@ -230,12 +242,8 @@ class Command {
   }
 
   absl::Status Burst() {
-    ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
+    ASSIGN_OR_RETURN(const std::vector<Point> points, Points(BurstAxes()));
     RETURN_IF_ERROR(Limits(false));
-    ASSIGN_OR_RETURN(
-        const std::vector<Point> points,
-        PointsOf({{"B", {64}}, {"input", {512}}, {"output", {128}}, {"tokens", {2048, 8192}}},
-                 given));
     for (const std::string& model : options_.models) {
       for (const Point& point : points) {
         Measure(absl::StrCat("burst ", model, " ", Show(point)), [&](ResultRow* row) {
@@ -248,10 +256,8 @@ class Command {
   }
 
   absl::Status Offload() {
-    ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
+    ASSIGN_OR_RETURN(const std::vector<Point> points, Points(OffloadAxes()));
     RETURN_IF_ERROR(Limits(true));
-    ASSIGN_OR_RETURN(const std::vector<Point> points,
-                     PointsOf({{"B", {8}}, {"context", {1920}}, {"selected", {400}}}, given));
     for (const std::string& model : options_.models) {
       for (const Point& point : points) {
         for (const OffloadArm& choice : OffloadArms(point.at("context"), point.at("selected"))) {
@@ -270,6 +276,9 @@ class Command {
     }
     return absl::OkStatus();
   }
+
+  // Rows were asked for, outside a table, and none could be measured.
+  bool AllFailed() const { return rows_ > 0 && failed_ == rows_; }
 
   // A table that is kept in a file and gone on with.
   absl::Status Table(const std::string& name, const std::vector<BenchRow>& rows,
@@ -319,6 +328,13 @@ class Command {
     return arms;
   }
 
+  // Of a command with these axes. InvalidArgument for a given axis that it does not have.
+  absl::StatusOr<std::vector<Point>> Points(const std::vector<BenchAxis>& axes) const {
+    ASSIGN_OR_RETURN(const std::vector<BenchAxis> given, GivenAxes(options_));
+    RETURN_IF_ERROR(CheckAxes(given, axes));
+    return PointsOf(axes, given);
+  }
+
   bool Wanted(const std::string& name) const {
     if (options_.only.empty()) return true;
     return std::ranges::any_of(options_.only, [&](const std::string& part) {
@@ -333,12 +349,15 @@ class Command {
     return row;
   }
   void Measure(const std::string& name, const std::function<absl::Status(ResultRow*)>& measure) {
-    Measure(ResultRow{.name = name}, measure);
+    ++rows_;
+    if (!Measure(ResultRow{.name = name}, measure).error.empty()) ++failed_;
   }
 
   Bench& bench_;
   const Options& options_;
   Printer& printer_;
+  size_t rows_ = 0;    // but those of tables
+  size_t failed_ = 0;  // of them
 };
 
 // Prints the tables of result files, or puts them into a document.
@@ -419,6 +438,15 @@ Commands Define(CLI::App& app, Options& options) {
     command->add_option("--model", options.models, "name of a shape, or a model folder")
         ->required();
   }
+  std::string kernels = "Kernels and their axes:\n";
+  for (const KernelCase& kernel : KernelCases()) {
+    absl::StrAppend(&kernels, "  ", kernel.name, ": ", kernel.meaning, "\n    ",
+                    FormatAxes(kernel.axes), "\n");
+  }
+  all.kernels->footer(kernels);
+  all.step->footer("Axes: " + FormatAxes(StepAxes()));
+  all.burst->footer("Axes: " + FormatAxes(BurstAxes()));
+  all.offload->footer("Axes: " + FormatAxes(OffloadAxes()));
   all.kernels->add_option("--case", options.only, "only these kernels");
   all.step->add_option("--arm", options.arms,
                        "paged, infinigen, infinigen-resident, infinigen-no-prefetch, fetch-all, "
@@ -452,6 +480,7 @@ absl::Status Run(const Commands& commands, Options& options, const std::string& 
                                   ? command.Table("targets", TargetRows(options.sizes), line)
                                   : command.Table("shapes", ShapeRows(options.sizes), line);
   printer.Finish();
+  if (status.ok() && command.AllFailed()) return absl::UnknownError("no row could be measured");
   return status;
 }
 

@@ -37,6 +37,14 @@ TEST(Axis, ExpandsWithTheLastAxisFastest) {
   EXPECT_EQ(points[2].at("b"), 3);
 }
 
+TEST(Axis, IsRefusedWhereNothingHasIt) {
+  const std::vector<BenchAxis> axes = {{"B", {1, 8}}, {"context", {4096}}, {"B", {2}}};
+  EXPECT_TRUE(CheckAxes({{"context", {7}}}, axes).ok());
+  EXPECT_EQ(CheckAxes({{"B", {1}}, {"tokens", {64}}}, axes).message(),
+            "no axis 'tokens' here; there are B, context");
+  EXPECT_EQ(FormatAxes({axes[0], axes[1]}), "B=[1,8] context=[4096]");
+}
+
 TEST(Summary, TakesMedianAndQuartiles) {
   const Timing timing = Summarise({5, 1, 2, 4, 3});
   EXPECT_EQ(timing.median_ns, 3);
@@ -220,7 +228,7 @@ TEST_F(ResultFileTest, TablesShowPeersAndVerdictsAndGoBetweenTheirMarkers) {
   EXPECT_TRUE(absl::StrContains(*table, "| what does not fit | does not fit |"));
   EXPECT_FALSE(absl::StrContains(*table, "| no luck |"));
   EXPECT_TRUE(absl::StrContains(
-      *table, "- what no luck: not measured, the next run tries again: no luck\n"));
+      *table, "Not measured, and tried again by the next run: 1 row: what no luck: no luck.\n"));
   EXPECT_TRUE(absl::StrContains(*table, "0 of 1 targets met"));
   EXPECT_TRUE(absl::StrContains(*table, "Peers: others 1.0."));
   EXPECT_EQ(Open().peers().Best("good")->peer, "fast");

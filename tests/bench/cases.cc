@@ -6,6 +6,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "base/check.h"
@@ -55,6 +56,25 @@ absl::StatusOr<BenchAxis> ParseAxis(absl::string_view text) {
     axis.values.push_back(value);
   }
   return axis;
+}
+
+std::string FormatAxes(const std::vector<BenchAxis>& axes) {
+  return absl::StrJoin(axes, " ", [](std::string* text, const BenchAxis& axis) {
+    absl::StrAppend(text, axis.name, "=[", absl::StrJoin(axis.values, ","), "]");
+  });
+}
+
+absl::Status CheckAxes(const std::vector<BenchAxis>& given, const std::vector<BenchAxis>& axes) {
+  std::vector<std::string> names;
+  for (const BenchAxis& axis : axes) {
+    if (std::ranges::find(names, axis.name) == names.end()) names.push_back(axis.name);
+  }
+  for (const BenchAxis& axis : given) {
+    if (std::ranges::find(names, axis.name) != names.end()) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("no axis '", axis.name, "' here; there are ", absl::StrJoin(names, ", ")));
+  }
+  return absl::OkStatus();
 }
 
 // ------------------------------------------------------------------------------------------ memory

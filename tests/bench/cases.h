@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "kernels/backend.h"
@@ -39,6 +40,10 @@ struct BenchAxis {
 std::vector<Point> Expand(const std::vector<BenchAxis>& axes);
 // Reads "B=[1,8,32]" or "B=8". InvalidArgument with what was expected.
 absl::StatusOr<BenchAxis> ParseAxis(absl::string_view text);
+// "B=[1,8] context=[4096]", as ParseAxis reads each.
+std::string FormatAxes(const std::vector<BenchAxis>& axes);
+// InvalidArgument, with the names there are, unless each of `given` is the name of one of `axes`.
+absl::Status CheckAxes(const std::vector<BenchAxis>& given, const std::vector<BenchAxis>& axes);
 
 // Memory that lives as long as the case, filled with normal numbers or with values.
 class CaseMemory {

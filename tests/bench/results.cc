@@ -305,21 +305,26 @@ absl::StatusOr<std::string> MarkdownTable(absl::string_view json_text) {
                   "| what | measured | floor | ratio | target | | peers |\n"
                   "| --- | --- | --- | --- | --- | --- | --- |\n");
   std::string notes;
+  std::string first_failed;
+  int failed = 0;
   int missed = 0;
   int held = 0;
   for (const Json& row : file["rows"]) {
     const std::string error = row.value("error", "");
     if (error.empty() || error == kDoesNotFit) {
       absl::StrAppend(&text, ShowRow(file, row));
-    } else {
-      absl::StrAppend(&notes, "- ", row.value("what", ""),
-                      ": not measured, the next run tries again: ", error, "\n");
+    } else if (++failed == 1) {
+      first_failed = absl::StrCat(row.value("what", ""), ": ", error);
     }
     held += row.value("target", 0.0) != 0;
     missed += row.value("target", 0.0) != 0 && !row.value("met", false);
     if (!row.value("note", "").empty()) {
       absl::StrAppend(&notes, "- ", row.value("what", ""), ": ", row.value("note", ""), "\n");
     }
+  }
+  if (failed > 0) {
+    absl::StrAppend(&text, "\nNot measured, and tried again by the next run: ", failed,
+                    failed == 1 ? " row: " : " rows, the first of them ", first_failed, ".\n");
   }
   if (held > 0) absl::StrAppend(&text, "\n", held - missed, " of ", held, " targets met.\n");
   if (!notes.empty()) absl::StrAppend(&text, "\n", notes);

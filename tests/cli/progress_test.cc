@@ -34,6 +34,15 @@ TEST(ProgressLine, SaysWhatRunsAndHowLong) {
             "measure 12/24 (+1 more)");
 }
 
+TEST(ProgressLine, CountsCancelledRoundsApart) {
+  WatchEvent event = Event(4, 1);
+  event.set_rounds_failed(3);
+  event.set_finished(true);
+  EXPECT_EQ(ProgressLine(event), "4/4 rounds (3 failed)");
+  EXPECT_EQ(ProgressLine(event, 2), "4/4 rounds (1 failed, 2 cancelled)");
+  EXPECT_EQ(ProgressLine(event, 3), "4/4 rounds (3 cancelled)");
+}
+
 TEST(ProgressLine, LeavesOutTheCellThatIsNone) {
   WatchEvent event = Event(1, 0);
   event.add_running()->set_trial("paged -");

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -82,7 +83,9 @@ TEST_F(RemoteTest, CancelledIsAFailedExperiment) {
   const ProcessResult cancelled = Ask({"cancel", "tiny"});
   EXPECT_EQ(cancelled.exit_code, 0) << cancelled.err;
   EXPECT_TRUE(absl::StrContains(cancelled.out, "4 rounds cancelled")) << cancelled.out;
-  EXPECT_EQ(Ask({"watch", "tiny"}).exit_code, 1);
+  const ProcessResult watched = Ask({"watch", "tiny"});
+  EXPECT_EQ(watched.exit_code, 1);
+  EXPECT_TRUE(absl::StrContains(watched.err, "4/4 rounds (4 cancelled)")) << watched.err;
   EXPECT_EQ(Ask({"cancel", "unheard-of"}).exit_code, 2);
 
   // Submitting it again is another try.
@@ -97,6 +100,42 @@ TEST_F(RemoteTest, CtrlCEndsTheWatchingAlone) {
   watch.Signal(SIGINT);
   EXPECT_EQ(watch.Wait().exit_code, 130);
   EXPECT_TRUE(absl::StrContains(Ask({"list"}).out, "queued"));
+}
+
+TEST(WrongStart, IsRefusedAsUsage) {
+  const TempDir folder;
+  for (const char* program : {"kvsweep-coordinator", "kvsweep-worker"}) {
+    EXPECT_EQ(RunProgram(program, {"--help"}).exit_code, 0) << program;
+    EXPECT_EQ(RunProgram(program, {"--no-such-flag"}).exit_code, 2) << program;
+    EXPECT_EQ(RunProgram(program, {"--log-level", "loud"}).exit_code, 2) << program;
+  }
+  const ProcessResult models = RunProgram("kvsweep-worker", {"--models", folder.Join("none")});
+  EXPECT_EQ(models.exit_code, 2);
+  EXPECT_TRUE(absl::StrContains(models.err, folder.Join("none") + ": no such folder"))
+      << models.err;
+  const ProcessResult slot = RunProgram(
+      "kvsweep-worker", {"--coordinator", absl::StrCat("unix:", folder.Join("nobody")), "--cache",
+                         folder.Join("cache"), "--runner",
+                         absl::StrCat(KVSWEEP_BIN_DIR, "/kvsweep-runner"), "--slot", "--foo 3"});
+  EXPECT_EQ(slot.exit_code, 2);
+  EXPECT_TRUE(absl::StrContains(slot.err, "does not take its arguments")) << slot.err;
+}
+
+TEST(TakenPort, IsSaidOnceAndLeavesNoStoreBehind) {
+  const TempDir folder;
+  const Process first("kvsweep-coordinator",
+                      {"--store", folder.Join("first.db"), "--listen", "127.0.0.1:0"});
+  while (!absl::StrContains(first.Out(), "\n")) {
+    RealClock::Get().SleepUntilNs(RealClock::Get().NowNs() + 10 * kNsPerMs);
+  }
+  const std::string address(absl::StripAsciiWhitespace(first.Out()));
+  const std::string store = folder.Join("second.db");
+  const ProcessResult second =
+      RunProgram("kvsweep-coordinator", {"--store", store, "--listen", address});
+  EXPECT_EQ(second.exit_code, 1);
+  EXPECT_EQ(second.err, absl::StrCat("kvsweep-coordinator: cannot listen on ", address,
+                                     ": is another coordinator running?\n"));
+  EXPECT_FALSE(std::filesystem::exists(store));
 }
 
 TEST(NoCoordinator, IsSaid) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
@@ -180,6 +181,14 @@ TEST_F(RunTest, OutOfMemoryIsAResult) {
   EXPECT_EQ(result.exit_code, 0) << result.err;
   EXPECT_TRUE(absl::StrContains(result.err, "repeat 0: oom: ")) << result.err;
   EXPECT_EQ(Ask("SELECT count(*) FROM v_trials WHERE outcome = 'oom'"), 4);
+}
+
+TEST_F(RunTest, RefusesCudaWhereNoDeviceIs) {
+  const bool has_device = std::filesystem::exists("/dev/nvidiactl");
+  const ProcessResult asked = Run({"-S", "engine.backend=cuda", "-S", "engine.time=real"});
+  EXPECT_EQ(asked.exit_code == 3, !has_device) << asked.out << asked.err;
+  EXPECT_EQ(absl::StrContains(asked.err, "this machine has no device for it"), !has_device)
+      << asked.err;
 }
 
 TEST_F(RunTest, NamesARunnerThatCannotStart) {

@@ -15,7 +15,9 @@ namespace kvsweep {
 namespace {
 
 using ::testing::ElementsAre;
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::testing::SizeIs;
 
 // A clock that runs ahead by a second at each look.
@@ -162,6 +164,8 @@ TEST_F(QueryTest, ShowsATrialAndItsHistory) {
   const absl::StatusOr<std::string> logs = query_->Logs(first_.rounds[1].trials[0]);
   ASSERT_TRUE(logs.ok()) << logs.status();
   EXPECT_THAT(*logs, HasSubstr("the worker was lost"));
+  EXPECT_THAT(*logs, Not(HasSubstr("outcome:")));
+  EXPECT_THAT(*query_->Logs(first_.rounds[0].trials[0]), EndsWith("outcome: ok: as it went\n"));
   EXPECT_TRUE(absl::IsNotFound(query_->Logs(TrialId(99)).status()));
 }
 

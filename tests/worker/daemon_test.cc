@@ -461,6 +461,23 @@ TEST_F(DaemonTest, ARunnerThatDoesNotStartMakesTheWorkerUnhealthyWithTheReason) 
   EXPECT_EQ(state.slots(0).devices_size(), 0);
 }
 
+TEST_F(DaemonTest, ARunnerThatDoesNotTakeItsArgumentsEndsTheWorkerIfAsked) {
+  WorkerOptions options = Options();
+  options.runners[0].environment = {"KVSWEEP_FAKE_START=usage"};
+  Start(options);
+  coordinator_.WaitFor([](const WorkerState& state) { return !state.unhealthy_reason().empty(); });
+  worker_.reset();
+
+  options.end_on_runner_usage = true;
+  options.runners[0].arguments = {"--foo", "3"};
+  Start(options);
+  const absl::Status status = worker_->WaitUntilDone();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), "does not take its arguments (--foo 3)"))
+      << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), "it wrote: unknown flag")) << status;
+}
+
 TEST_F(DaemonTest, TwoSlotsHaveTwoRunners) {
   WorkerOptions options = Options();
   options.runners.push_back(options.runners[0]);

@@ -12,8 +12,8 @@
 //   then dies garbage       a frame longer than allowed wrong-trial   a record of another trial
 //   facts         one row whose evidence is the model path and the files it was handed
 //
-// $KVSWEEP_FAKE_START: exit (with code 9 and a line on stderr, before hello), silent (never says
-// hello).
+// $KVSWEEP_FAKE_START: exit (with code 9 and a line on stderr, before hello), usage (the same with
+// code 109, CLI11's for a flag it does not know), silent (never says hello).
 #include <poll.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -159,6 +159,10 @@ int main() {
   if (start != nullptr && std::string(start) == "exit") {
     std::fprintf(stderr, "no device\n");
     return 9;
+  }
+  if (start != nullptr && std::string(start) == "usage") {
+    std::fprintf(stderr, "unknown flag\n");
+    return 109;
   }
   if (start != nullptr && std::string(start) == "silent") {
     while (true) pause();

@@ -19,17 +19,6 @@ namespace {
 constexpr size_t kCalibrationIds = 65'536;
 constexpr uint64_t kCalibrationSeed = 0x63616c6962;
 
-// Tokens of the longest request that the spec names by number; a trace's are clipped to the model.
-int32_t AskedContext(const TrialSpec& spec) {
-  const Lengths& lengths = spec.load().lengths();
-  const uint32_t most =
-      spec.kind() == TrialSpec::KIND_QUALITY
-          ? spec.quality().context()
-          : std::max({lengths.max_total(), lengths.input() + lengths.output(),
-                      lengths.input_distribution().max() + lengths.output_distribution().max()});
-  return static_cast<int32_t>(std::min<int64_t>(most, limits::kContextTokens));
-}
-
 }  // namespace
 
 // Token files need no tokenizer, texts do.
@@ -54,7 +43,7 @@ absl::Status Trial::Load() {
   if (spec.model().has_shape()) {
     ASSIGN_OR_RETURN(model_,
                      context_.device->UseShape(spec.model().shape(), spec.model().weights_seed(),
-                                               AskedContext(spec)));
+                                               static_cast<int32_t>(NamedContext(spec))));
   } else {
     ASSIGN_OR_RETURN(model_,
                      context_.device->UseFolder(request_.model_path(), spec.model_reference()));

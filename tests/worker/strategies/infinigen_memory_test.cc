@@ -14,7 +14,7 @@
 namespace kvsweep {
 namespace {
 
-// Law 3.11.5: bytes over the link are those of the formula, exactly, both ways, counted where they
+// Invariant: bytes over the link are those of the formula, exactly, both ways, counted where they
 // are moved: to the device m rows of each speculating layer (of each head its own number) and n of
 // each full one that is not resident; to the host each token's keys, values and partial keys.
 TEST(InfinigenMemoryTest, LinkBytesAreTheFormula) {
@@ -159,7 +159,7 @@ TEST(InfinigenMemoryTest, APromptsHistoryIsReservedAtAdmission) {
 
 // --------------------------------------------------------------------------------------- diagnosis
 
-// Law 3.11.9: recall and covered mass rise with the ratio, and with all columns the recall is still
+// Invariant: recall and covered mass rise with the ratio, and with all columns the recall is still
 // below 1, since the input is another layer's; with the true input it is 1.
 TEST(InfinigenDiagnosisTest, RecallAndCoveredMassRiseWithTheRatio) {
   const auto backend = MakeBackend({.threads = 2, .batch_invariant = true});

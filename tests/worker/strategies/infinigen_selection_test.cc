@@ -62,8 +62,8 @@ void ExpectRule(const Observed& observed, double alpha, bool by_head) {
   }
 }
 
-// Laws 3.11.2 (ratio 1 and the true input: speculated scores are the true ones) and the selection
-// rule, on one model.
+// Two invariants, on one model: with ratio 1 and the true input speculated scores are the true
+// ones, and what is selected follows the rule.
 void CheckModel(const LoadedModel& model, ObservingBackend* backend, const Arm& arm,
                 int32_t prompt) {
   Lab lab(backend, &model, arm, LabOptions());
@@ -164,7 +164,7 @@ TEST(InfinigenSelectionTest, AllRequestColumnsGiveTheTrueScores) {
   }
 }
 
-// Law 3.11.4: alpha just above 0 leaves each query its own best, so one entry for each head without
+// Invariant: alpha just above 0 leaves each query its own best, so one entry for each head without
 // groups, at most g with them; and exactly 0 leaves one.
 TEST(InfinigenSelectionTest, AlphaNearZeroLeavesEachQueryItsBest) {
   for (const LabShape& shape : LabShapes()) {
@@ -271,7 +271,7 @@ TEST(InfinigenPoolTest, PlannedSlotsAreTheRulesWithoutCounts) {
   }
 }
 
-// Law 3.11.7: a capacity of 1 evicts nothing; a smaller one bounds the slots of each head at all
+// Invariant: a capacity of 1 evicts nothing; a smaller one bounds the slots of each head at all
 // times; fifo keeps nothing older than the capacity; what is in the slots is what was put there.
 TEST(InfinigenPoolTest, NeverHoldsMoreThanItsCapacity) {
   ObservingBackend backend({.threads = 2, .batch_invariant = true});

@@ -16,7 +16,7 @@
 namespace kvsweep {
 namespace {
 
-// Law 3.11.5: m does not fall when alpha grows.
+// Invariant: m does not fall when alpha grows.
 TEST(InfinigenTest, FetchesMoreWithLargerAlpha) {
   const auto backend = MakeBackend({.threads = 2, .batch_invariant = true});
   const auto model = LoadModel(backend.get(), "books-llama-14m");
@@ -107,7 +107,7 @@ std::vector<Variant> EqualVariants() {
            [](Infinigen* p) { p->set_prefill_history(Infinigen::PREFILL_HISTORY_WHOLE); }, 208}};
 }
 
-// Law 3.11.6: prefetch or not, zero-copy or staged, graph or none, wherever full layers and earlier
+// Invariant: prefetch or not, zero-copy or staged, graph or none, wherever full layers and earlier
 // chunks lie: the same tokens, the same entries read. Sums over tiles round otherwise than sums
 // over all at once, so no margin of these requests lies within rounding of alpha (one did at 3).
 TEST(InfinigenTest, WaysOfDoingTheSameGiveTheSame) {
@@ -176,7 +176,7 @@ TEST(InfinigenTest, ParametersOfTransfersShowInBytesAndTime) {
   more([](Infinigen* p) { p->set_fetch(Infinigen::FETCH_ALL); });
 }
 
-// Law 3.11.3: with alpha infinite and room for all, logits are the full cache's, for any ratio and
+// Invariant: with alpha infinite and room for all, logits are the full cache's, for any ratio and
 // every way of speculating.
 TEST(InfinigenTest, AmpleParametersGiveTheFullCachesLogits) {
   const double all = std::numeric_limits<double>::infinity();
@@ -217,7 +217,7 @@ TEST(InfinigenTest, AmpleParametersGiveTheFullCachesLogits) {
   }
 }
 
-// Law 3.11.8: with count_scope request the order of a batch changes no request's logits.
+// Invariant: with count_scope request the order of a batch changes no request's logits.
 TEST(InfinigenTest, TheOrderOfABatchChangesNothing) {
   const auto backend = MakeBackend({.threads = 2, .batch_invariant = true});
   const auto model = LoadModel(backend.get(), "books-llama-14m");
@@ -388,7 +388,7 @@ TEST(InfinigenTest, ThinWeightsAreComputedOnceForAnArm) {
   }
 }
 
-// Law 3.11.1 on trained models: each A is orthogonal.
+// Invariant, on trained models: each A is orthogonal.
 TEST(InfinigenTest, SkewingOfTrainedModelsIsOrthogonal) {
   for (const char* name : {"books-llama-14m", "books-opt-16m"}) {
     const auto backend = MakeBackend({.threads = 2});

@@ -93,7 +93,7 @@ TEST(SkewingTest, WhatAllKeysShareWinsNoColumn) {
   EXPECT_EQ(chosen(ComputeSkewing(queries, keys, sizes)), chosen(before));
 }
 
-// Strategies' law 3.11.1: scores of skewed queries and keys equal the original ones up to rounding.
+// Invariant: scores of skewed queries and keys equal the original ones up to rounding.
 TEST(SkewingTest, ScoresStay) {
   Random random(8);
   constexpr int kDim = 64;
