@@ -56,6 +56,9 @@ std::string FormatRatePerSecond(double per_second);
 // Shortest decimal text that reads back as the same double.
 std::string FormatNumber(double value);
 
+// Without overlong forms and surrogates.
+bool IsValidUtf8(absl::string_view text);
+
 }  // namespace kvsweep
 
 #endif  // KVSWEEP_BASE_TEXT_H_

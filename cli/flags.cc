@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
@@ -77,6 +78,7 @@ absl::StatusOr<LoadedExperiment> LoadSpec(const SpecFlags& flags) {
           absl::StrCat(flags.path, ": model.path: ", sound.message()));
     }
   }
+  if (!flags.overrides.empty() && !absl::EndsWith(loaded.text, "\n")) loaded.text += "\n";
   for (const std::string& override : flags.overrides) {
     absl::StrAppend(&loaded.text, "# -S ", override, "\n");
   }

@@ -260,7 +260,10 @@ void Print(const std::string& title, absl::string_view text) {
 
 void PrintText(const Flags& flags, const GenerateReply& reply) {
   const bool scores = !flags.score.empty();
-  const GeneratedArm& reference = reply.arms(0);
+  // The first that could run.
+  const auto able = std::find_if(reply.arms().begin(), reply.arms().end(),
+                                 [](const GeneratedArm& arm) { return arm.error().empty(); });
+  const GeneratedArm& reference = able == reply.arms().end() ? reply.arms(0) : *able;
   std::printf("%-16s %9s %9s  %s\n", "arm", "mean nll", "attended",
               scores ? "most surprising token" : "first other token");
   for (const GeneratedArm& arm : reply.arms()) {

@@ -80,6 +80,11 @@ int Main(int argc, char** argv) {
     // 0 is --help and --version; the library's other codes are all one to us.
     return app.exit(error) == 0 ? kExitOk : kExitUsage;
   }
+  // A full disk must not pass as a whole answer.
+  if ((std::fflush(stdout) != 0 || std::ferror(stdout) != 0) && exit_code == kExitOk) {
+    std::fprintf(stderr, "kvsweep: the output could not be written\n");
+    return kExitFailed;
+  }
   return exit_code;
 }
 

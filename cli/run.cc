@@ -221,7 +221,9 @@ int Run(const Flags& flags) {
   (*cluster)->Stop();
   if (!status.ok() && !absl::IsCancelled(status)) return Fail(status);
   if (absl::IsCancelled(status)) {
-    display.Say("interrupted; the same command goes on from here");
+    display.Say(flags.reuse.fresh
+                    ? "interrupted; the same command without --fresh goes on from here"
+                    : "interrupted; the same command goes on from here");
     if (!experiment.has_value()) return kExitInterrupted;
   }
   const absl::StatusOr<Standing> standing = Conclude(flags, *source->tables, *experiment);

@@ -70,6 +70,8 @@ std::string DeriveClientId(const LoadedExperiment& loaded, const ReuseFlags& reu
   if (reuse.fresh) return absl::StrCat(prefix, "-fresh-", absl::Hex(EntropySeed()));
   DigestBuilder digest;
   digest.Add(CanonicalJson(loaded.experiment)).Add(where).Add(reuse.reuse);
+  // An empty group is not in the text above, and this one adds rounds.
+  if (loaded.experiment.has_quality()) digest.Add("quality");
   digest.Add(GetBuildInfo().runner_digest);
   const ExperimentInputs& inputs = loaded.resolved.inputs;
   if (inputs.model.has_value()) digest.Add(inputs.model->digest());

@@ -175,7 +175,8 @@ void Dispatcher::TakeState(std::shared_ptr<WorkerLink> link, WorkerReport report
                            uint64_t generation) {
   if (!AdoptLink(link, report)) return;
   LinkedWorker& worker = workers_.at(report.worker);
-  const bool changed = worker.generation == 0 || generation < worker.generation;
+  const bool is_first = worker.generation == 0;
+  const bool changed = is_first || generation < worker.generation;
   worker.generation = generation;
   worker.unanswered = true;
   const RosterEntry* known = scheduler_.roster().Find(report.worker);
@@ -184,7 +185,8 @@ void Dispatcher::TakeState(std::shared_ptr<WorkerLink> link, WorkerReport report
   }
   const WorkerId id = report.worker;
   KVSWEEP_CHECK(scheduler_.Heard(now_ns_, std::move(report)));
-  if (known != nullptr) return;
+  // Also of one that a lease from before a restart has made known.
+  if (known != nullptr && !is_first) return;
   const absl::StatusOr<std::optional<std::string>> drained = reader_->ReadMeta(DrainedKey(id));
   if (!drained.ok()) EndProcess(drained.status());
   if (drained->value_or("") == "1") scheduler_.Drain(now_ns_, id, true);
@@ -292,7 +294,10 @@ void Dispatcher::TakeBatch(std::shared_ptr<ReportLink> link, ReportBatch batch) 
     return;
   }
   const bool ends = EndsWithFinish(batch);
-  AppendRecords append{.attempt = attempt, .first_sequence = batch.first_sequence(), .records = {}};
+  AppendRecords append{.attempt = attempt,
+                       .first_sequence = batch.first_sequence(),
+                       .records = {},
+                       .received_unix_ns = clock_.UnixNs()};
   append.records.assign(std::make_move_iterator(batch.mutable_records()->begin()),
                         std::make_move_iterator(batch.mutable_records()->end()));
   later_.push_back({std::move(append), [this, link = std::move(link), reply = std::move(reply),

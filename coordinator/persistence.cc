@@ -91,11 +91,12 @@ void RecoverAttempts(const QueuedRound& round, int64_t now_ns, Scheduler* schedu
 
 std::vector<Operation> RowsOf(const SchedulerPlan& plan, int64_t unix_ns) {
   std::vector<Operation> rows;
+  for (const VoidRow& row : plan.voids) rows.push_back(RowOf(row, unix_ns));
+  for (const FinishRow& row : plan.finishes) rows.push_back(RowOf(row, unix_ns));
+  // Behind these: a cancellation ends what is open, and what has ended cannot be voided any more.
   for (const ExperimentId experiment : plan.cancels) {
     rows.push_back(CancelExperiment{experiment, unix_ns});
   }
-  for (const VoidRow& row : plan.voids) rows.push_back(RowOf(row, unix_ns));
-  for (const FinishRow& row : plan.finishes) rows.push_back(RowOf(row, unix_ns));
   for (const GrantRow& row : plan.grants) rows.push_back(RowOf(row, unix_ns));
   return rows;
 }

@@ -115,7 +115,8 @@ absl::StatusOr<std::vector<AcceptedRound>> FindAnswers(const PlannedRound& plann
     query.content_keys.push_back(trial.content_key());
   }
   query.method_version = kMethodVersion;
-  // Modelled numbers come from the profile that the content key names, not from the worker's device.
+  // Modelled numbers come from the profile that the content key names, not from the worker's
+  // device.
   if (!RequirementOf(planned.spec).modelled_time) query.device_classes = rules.device_classes;
   if (rules.any_build) return reader.FindAccepted(query);
   for (const std::string& build : rules.runner_builds) {
@@ -147,15 +148,19 @@ absl::StatusOr<std::vector<NewRound>> SplitRound(const PlannedRound& planned, si
   ASSIGN_OR_RETURN(const std::vector<AcceptedRound> answers, FindAnswers(planned, rules, reader));
   std::vector<NewRound> parts;
   for (const AcceptedRound& answer : answers) {
-    std::set<std::string> keys;
+    // A stored trial answers one arm: two of equal parameters are two measurements.
+    std::multiset<std::string> keys;
     for (const auto& [trial, key] : answer.trials) keys.insert(key);
     std::vector<size_t> positions;
-    for (size_t position = 0; position < planned.arms.size(); ++position) {
-      const std::string& key = planned.spec.trials(static_cast<int>(position)).content_key();
-      if (keys.contains(key) && (position == reference || open.contains(position))) {
-        positions.push_back(position);
-      }
-    }
+    const auto take = [&](size_t position) {
+      const auto key = keys.find(planned.spec.trials(static_cast<int>(position)).content_key());
+      if (key == keys.end()) return;
+      keys.erase(key);
+      positions.push_back(position);
+    };
+    if (has_reference) take(reference);
+    for (const size_t position : open) take(position);
+    std::sort(positions.begin(), positions.end());
     const bool with_reference =
         std::find(positions.begin(), positions.end(), reference) != positions.end();
     const size_t needed = has_reference && !reference_alone ? 2 : 1;

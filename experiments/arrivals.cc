@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
@@ -55,7 +56,13 @@ std::vector<Arrival> ByRate(const Arrivals& arrivals, uint64_t seed) {
     const double gap = DrawGap(arrivals, &random);
     times[i] = time += ramp ? gap / RampRate(arrivals, i) : gap;
   }
-  const double scale = MeanDuration(arrivals) / time * static_cast<double>(kNsPerSecond);
+  const double wanted = MeanDuration(arrivals) * static_cast<double>(kNsPerSecond);
+  if (!(time > 0) || !std::isfinite(wanted / time)) {
+    // Very bursty gaps can all be too small for a number: then they are equal.
+    std::iota(times.begin(), times.end(), 1.0);
+    time = static_cast<double>(times.size());
+  }
+  const double scale = wanted / time;
   std::vector<Arrival> result(times.size());
   for (size_t i = 0; i < times.size(); ++i) result[i].time_ns = std::llround(times[i] * scale);
   return result;

@@ -133,9 +133,11 @@ class Comparer {
     for (size_t arm = 0; arm < by_arm.size(); ++arm) {
       if (arm != input_.reference) order.push_back(arm);
     }
+    ComparedArm of_reference;
+    const bool reference_engaged = DescribeEngagement(usable_reference, &of_reference).empty();
     for (const size_t arm : order) {
-      compared.arms.push_back(
-          CompareArm(arm, by_arm[arm], usable_reference, compared.context, metrics));
+      compared.arms.push_back(CompareArm(arm, by_arm[arm], usable_reference, reference_engaged,
+                                         compared.context, metrics));
     }
     return compared;
   }
@@ -150,7 +152,7 @@ class Comparer {
   }
 
   ComparedArm CompareArm(size_t arm, const Trials& trials, const Trials& reference,
-                         const TrialContext& context,
+                         bool reference_engaged, const TrialContext& context,
                          const std::vector<std::string>& metrics) const {
     const Trials usable = Usable(trials, context);
     ComparedArm compared = {.arm = input_.arms[arm].name, .strategy = input_.arms[arm].strategy};
@@ -158,10 +160,16 @@ class Comparer {
     for (const TrialResult* trial : usable) repeats.insert(trial->repeat);
     compared.repeats = repeats.size();
     for (const TrialResult* trial : trials) ++compared.outcomes[OutcomeName(trial->outcome)];
-    const std::string withheld = DescribeEngagement(usable, &compared);
+    std::string withheld = DescribeEngagement(usable, &compared);
+    if (withheld.empty() && !reference_engaged) withheld = "the reference did not engage";
     for (const std::string& metric : metrics) {
       compared.metrics.push_back(
           CompareMetric(metric, arm == input_.reference, trials, usable, reference, withheld));
+      const ComparedMetric& last = compared.metrics.back();
+      if (last.value && last.value->count < compared.repeats) {
+        compared.notes.push_back(absl::StrCat(metric, ": of ", last.value->count, " of ",
+                                              compared.repeats, " repeats; the others have none"));
+      }
     }
     const std::vector<double> attended = ValuesByRepeat(usable, "attended_fraction");
     if (!attended.empty()) compared.attended_fraction = EstimateMean(attended).mean;
@@ -312,7 +320,9 @@ class Comparer {
     std::set<std::string> evidence;
     size_t repeated = 0;
     for (const TrialResult* trial : trials) {
-      if (trial->context != context) ++foreign[ContextDifference(trial->context, context)];
+      // What never ran has no context.
+      const bool ran = !trial->context.backend.empty();
+      if (ran && trial->context != context) ++foreign[ContextDifference(trial->context, context)];
       if (trial->outcome != OUTCOME_OK && evidence.size() < 3) {
         evidence.insert(absl::StrCat(OutcomeName(trial->outcome), ": ", trial->evidence));
       }
@@ -339,7 +349,9 @@ std::vector<std::string> GeneralNotes(const ReportInput& input, const Comparison
                                       double confidence) {
   std::vector<std::string> notes;
   std::set<uint64_t> rounds;
-  for (const TrialResult& trial : input.trials) rounds.insert(trial.round_id);
+  for (const TrialResult& trial : input.trials) {
+    if (trial.outcome != OUTCOME_CANCELLED) rounds.insert(trial.round_id);
+  }
   const uint64_t finished = rounds.size() + input.qualities.size();
   if (finished < input.rounds_planned) {
     notes.push_back(

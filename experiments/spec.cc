@@ -399,11 +399,13 @@ void CheckEqualBytes(const Experiment& experiment, ProblemList* problems) {
   };
   std::optional<uint64_t> bytes;
   for (int i = 0; i < experiment.arms_size(); ++i) {
-    const Arm& arm = experiment.arms(i);
-    for (const Axis& axis : arm.grid()) {
-      if (axis.path() == "kv.device_bytes" && axis.values_size() > 1) {
+    Arm arm = experiment.arms(i);
+    for (const Axis& axis : experiment.arms(i).grid()) {
+      if (axis.path() != "kv.device_bytes") continue;
+      if (axis.values_size() > 1) {
         return report(absl::StrCat("arms[", i, "].grid.kv.device_bytes"));
       }
+      ApplyFirstValue(axis, &arm);
     }
     const Kv& kv = arm.kv().has_device_bytes() ? arm.kv() : experiment.kv();
     if (bytes && *bytes != kv.device_bytes()) {
@@ -487,7 +489,8 @@ absl::StatusOr<Experiment> Parse(absl::string_view text, absl::string_view sourc
     return problems.ToStatus(source);
   }
   RETURN_IF_ERROR(ApplyOverrides(options.overrides, &experiment));
-  CheckExperiment(experiment, &problems);
+  CheckMessage(experiment, "", &problems);
+  if (problems.empty()) CheckExperiment(experiment, &problems);
   RETURN_IF_ERROR(problems.Located(*places).ToStatus(source));
   return experiment;
 }

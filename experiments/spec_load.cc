@@ -167,6 +167,14 @@ void CheckLoad(const Load& load, const std::string& path, ProblemList* problems)
   CheckArrivals(load, absl::StrCat(path, ".arrivals"), problems);
   CheckLengths(load.lengths(), absl::StrCat(path, ".lengths"), problems);
   if (load.has_sessions()) CheckSessions(load, absl::StrCat(path, ".sessions"), problems);
+  const uint64_t rows = uint64_t{load.arrivals().requests()} * std::max(1u, load.samples());
+  if (load.samples() > 1 && rows > static_cast<uint64_t>(limits::kRequestsPerTrial)) {
+    Reporter(path, problems)
+        .Add("samples",
+             absl::StrCat(load.arrivals().requests(), " requests of ", load.samples(),
+                          " samples are ", rows, " rows"),
+             absl::StrCat("a trial has at most ", limits::kRequestsPerTrial));
+  }
 }
 
 void CheckRegime(Experiment::Regime regime, const Load& load, const Engine& engine,

@@ -53,7 +53,9 @@ Interval WilsonInterval(uint64_t successes, uint64_t trials, double confidence) 
   const double centre = (share + z * z / (2 * count)) / scale;
   const double half_width =
       z / scale * std::sqrt(share * (1 - share) / count + z * z / (4 * count * count));
-  return {std::max(0.0, centre - half_width), std::min(1.0, centre + half_width)};
+  // Exact at the ends, where rounding would leave a trace.
+  return {successes == 0 ? 0.0 : std::max(0.0, centre - half_width),
+          successes == trials ? 1.0 : std::min(1.0, centre + half_width)};
 }
 
 Interval BootstrapRatio(std::span<const double> numerators, std::span<const double> denominators,

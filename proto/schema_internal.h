@@ -88,8 +88,6 @@ std::vector<const Axis*> AxesOf(const Message& message, const FieldDescriptor& f
 // Path of a member: "arms[1]" + "h2o" -> "arms[1].h2o".
 std::string JoinPath(absl::string_view prefix, absl::string_view name);
 
-bool IsValidUtf8(absl::string_view text);
-
 }  // namespace kvsweep::internal_schema
 
 #endif  // KVSWEEP_PROTO_SCHEMA_INTERNAL_H_

@@ -175,7 +175,9 @@ class Reader {
       : root_(root), options_(options), places_(*places), problems_(*problems) {}
 
   void ReadMessage(const Node& node, const std::string& path, Message* message) {
-    if (node.kind == Node::Kind::kNull && !path.empty()) return;  // "paged:" means all defaults
+    if (node.kind == Node::Kind::kNull && !path.empty()) {  // "paged:" means all defaults
+      return ReportMissing(*message->GetDescriptor(), {}, node.place, path);
+    }
     if (node.kind != Node::Kind::kMap) {
       return Report(node.place, path, std::nullopt,
                     absl::StrCat("is ", KindName(node.kind), ", not a mapping"),

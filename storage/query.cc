@@ -96,7 +96,8 @@ absl::StatusOr<std::unique_ptr<StoreQuery>> StoreQuery::Open(const std::string& 
                                                              const Clock& clock) {
   ASSIGN_OR_RETURN(std::unique_ptr<Database> database, OpenStoreForReading(path));
   sqlite3_limit(database->get(), SQLITE_LIMIT_SQL_LENGTH, limits::kQueryTextBytes);
-  sqlite3_limit(database->get(), SQLITE_LIMIT_LENGTH, 64 * limits::kMiB);
+  sqlite3_limit(database->get(), SQLITE_LIMIT_LENGTH, 16 * limits::kMiB);
+  sqlite3_limit(database->get(), SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000);
   sqlite3_limit(database->get(), SQLITE_LIMIT_ATTACHED, 0);
   sqlite3_set_authorizer(database->get(), &AuthorizeReading, nullptr);
   return std::unique_ptr<StoreQuery>(
@@ -153,6 +154,11 @@ absl::StatusOr<Table> StoreQuery::Connection::Read(Statement& statement,
     for (int column = 0; column < columns; ++column) {
       row.push_back(ReadCell(statement.get(), column));
       bytes += CellBytes(row.back());
+      // A row of many large values must not be built whole.
+      if (bytes <= limits.bytes) continue;
+      table.rows.pop_back();
+      table.truncated = true;
+      return table;
     }
   }
 }

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <filesystem>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -34,14 +36,18 @@ constexpr int64_t kCheckedBytes = 64 * limits::kMiB;
 constexpr char kSettings[] =
     "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;"
     "PRAGMA cell_size_check = ON; PRAGMA trusted_schema = OFF; PRAGMA temp_store = MEMORY;"
-    "PRAGMA cache_size = -65536; PRAGMA wal_autocheckpoint = 4096;";
+    "PRAGMA cache_size = -65536; PRAGMA wal_autocheckpoint = 4096;"
+    "PRAGMA journal_size_limit = 67108864;";
 
 // Held while a process writes the store: flock on a file beside it. SQLite's own locks would let
 // two coordinators write in turn, each blind to the other's attempts.
 class WriterLock {
  public:
   static absl::StatusOr<WriterLock> Take(const std::string& store_path) {
-    const std::string path = store_path + "-lock";
+    // One lock whatever the store is called: through a link it is the same store.
+    std::error_code unknown;
+    const std::filesystem::path resolved = std::filesystem::weakly_canonical(store_path, unknown);
+    const std::string path = (unknown ? store_path : resolved.string()) + "-lock";
     WriterLock lock(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
     if (lock.descriptor_ < 0) {
       return absl::ErrnoToStatus(errno, absl::StrCat("cannot write a store here: ", path));

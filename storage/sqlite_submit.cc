@@ -1,6 +1,8 @@
 // What a person submits: experiments with their rounds, files; and what is known of workers.
 #include <zstd.h>
 
+
+#include <algorithm>
 #include <utility>
 
 #include "absl/algorithm/container.h"
@@ -198,14 +200,19 @@ absl::StatusOr<SubmitResult::Round> SqliteWriter::InsertRound(ExperimentId exper
 
 absl::StatusOr<TrialId> SqliteWriter::InsertTrial(RoundId round, const NewRound& from,
                                                   size_t position) {
-  // Its own rows answer a trial, or those of the equal trial of the round that serves it.
+  // Its own rows answer a trial, or those of the equal trial of the round that serves it: of equal
+  // arms each has its own.
   ASSIGN_OR_RETURN(
       Statement * insert,
       database_.Prepare("INSERT INTO trial (round_id, position, arm_index, content_key, "
                         "quality_key, spec, canonical_spec, measured_trial_id) "
                         "VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, "
-                        "(SELECT trial_id FROM trial WHERE round_id = ?8 AND content_key = ?4))"));
+                        "(SELECT trial_id FROM trial WHERE round_id = ?8 AND content_key = ?4 "
+                        "ORDER BY position LIMIT 1 OFFSET ?9))"));
   const NewTrial& trial = from.trials[position];
+  const auto earlier =
+      std::count_if(from.trials.begin(), from.trials.begin() + static_cast<ptrdiff_t>(position),
+                    [&](const NewTrial& other) { return other.content_key == trial.content_key; });
   const std::string spec = from.spec.trials(static_cast<int>(position)).spec().SerializeAsString();
   insert->BindInt(1, static_cast<int64_t>(round.value()))
       .BindInt(2, static_cast<int64_t>(position))
@@ -215,6 +222,7 @@ absl::StatusOr<TrialId> SqliteWriter::InsertTrial(RoundId round, const NewRound&
       .BindBlob(6, spec)
       .BindText(7, trial.canonical_spec);
   BindOptional(*insert, 8, from.served_by);
+  insert->BindInt(9, earlier);
   RETURN_IF_ERROR(insert->Run());
   return TrialId(sqlite3_last_insert_rowid(database_.get()));
 }

@@ -84,8 +84,12 @@ LEFT JOIN attempt n ON n.attempt = (
   WHERE m.trial_id = coalesce(t.measured_trial_id, t.trial_id))
 LEFT JOIN summary q ON q.trial_id =
   CASE r.kind WHEN 'quality' THEN coalesce(t.measured_trial_id, t.trial_id)
-  ELSE (SELECT max(x.trial_id) FROM trial x
-        WHERE x.content_key = t.quality_key AND x.first_record IS NOT NULL) END;
+  ELSE coalesce(  -- that of the experiment itself, or else the newest there is
+    (SELECT max(coalesce(x.measured_trial_id, x.trial_id)) FROM trial x JOIN round y ON y.round_id = x.round_id
+     WHERE x.content_key = t.quality_key AND y.experiment_id = r.experiment_id
+       AND (x.first_record IS NOT NULL OR x.measured_trial_id IS NOT NULL)),
+    (SELECT max(x.trial_id) FROM trial x
+     WHERE x.content_key = t.quality_key AND x.first_record IS NOT NULL)) END;
 
 -- Why a metric of a trial has no value.
 CREATE VIEW v_notes AS

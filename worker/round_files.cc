@@ -11,6 +11,7 @@
 #include "base/file.h"
 #include "base/limits.h"
 #include "base/log.h"
+#include "base/random.h"
 #include "base/status_macros.h"
 #include "experiments/files.h"
 
@@ -181,9 +182,12 @@ absl::StatusOr<std::string> FileCache::GetModel(const ModelReference& model, con
     ASSIGN_OR_RETURN(const std::string path, Get(file, fetch));
     std::error_code error;
     const fs::path link = fs::path(folder) / file.path();
-    fs::remove(link, error);
-    fs::create_hard_link(path, link, error);
-    if (error && error != std::errc::file_exists) {
+    if (fs::equivalent(path, link, error)) continue;
+    // A runner of another slot may be reading the folder: the file is never away.
+    const fs::path fresh = absl::StrCat(link.string(), ".", absl::Hex(EntropySeed()));
+    fs::create_hard_link(path, fresh, error);
+    if (!error) fs::rename(fresh, link, error);
+    if (error) {
       return absl::ErrnoToStatus(error.value(), absl::StrCat("cannot link ", link.string()));
     }
   }

@@ -111,8 +111,8 @@ absl::StatusOr<std::byte*> CpuBackend::Allocate(Tier tier, uint64_t bytes) {
   std::byte* const memory =
       bytes <= available ? Take(std::max<uint64_t>(bytes, 1) + kAlignment) : nullptr;
   if (memory == nullptr) {
-    return absl::ResourceExhaustedError(absl::StrCat(name, " memory: asked for ", bytes, " bytes, ",
-                                                     available, " of ", bound, " available"));
+    return absl::ResourceExhaustedError(absl::StrCat(name, " memory: asked ", bytes, ", available ",
+                                                     available, " of ", bound, " bytes"));
   }
   const uint64_t offset = kAlignment - reinterpret_cast<uintptr_t>(memory) % kAlignment;
   allocations_[memory + offset] = {.memory = memory, .bytes = bytes, .tier = tier};

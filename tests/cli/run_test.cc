@@ -12,6 +12,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "base/clock.h"
 #include "base/file.h"
@@ -97,6 +98,30 @@ TEST_F(RunTest, MeasuresComparesAndServesTheSecondTime) {
                 "v_trials t USING (trial_id) WHERE arm = 'paged' AND cell_index = 0 AND "
                 "repeat = 0 AND request_index = 0"),
             1);
+}
+
+// Two arms of equal parameters are two measurements, also when the store answers.
+TEST_F(RunTest, EqualArmsKeepTheirOwnTrials) {
+  const std::string spec = folder_.Join("equal.yaml");
+  ASSERT_TRUE(WriteFileAtomic(spec, absl::StrReplaceAll(*ReadFile(kSpec, 1 << 20),
+                                                        {{"{name: h2o-25, strategy: h2o, h2o: "
+                                                          "{heavy_ratio: 0.125, recent_ratio: "
+                                                          "0.125}}",
+                                                          "{name: again, strategy: paged}"},
+                                                         {"experiments/models",
+                                                          std::filesystem::current_path().string() +
+                                                              "/experiments/models"}}))
+                  .ok());
+  for (const char* name : {"first", "second"}) {
+    const ProcessResult run =
+        RunProgram("kvsweep", {"run", spec, "--store", store(), "--cache", folder_.Join("cache"),
+                               "-S", "repeats=1", "-S", absl::StrCat("name=", name)});
+    ASSERT_EQ(run.exit_code, 0) << run.err;
+  }
+  EXPECT_EQ(Ask("SELECT count(*) FROM v_attempts"), 2) << "the second is served";
+  EXPECT_EQ(Ask("SELECT count(DISTINCT measured_trial_id) FROM v_trials WHERE experiment = "
+                "'second'"),
+            4);
 }
 
 TEST_F(RunTest, EveryOutputParses) {

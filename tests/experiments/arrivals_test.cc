@@ -100,6 +100,14 @@ TEST(ArrivalLaws, GammaHasTheVarianceOfItsBurstiness) {
       << "burstiness 1 is poisson, draw for draw";
 }
 
+TEST(ArrivalLaws, GapsTooSmallForANumberAreEqual) {
+  Arrivals arrivals = Process(Arrivals::PROCESS_GAMMA, 1, 10);
+  arrivals.set_burstiness(0.01);
+  for (uint64_t seed = 0; seed < 2000; ++seed) {
+    EXPECT_THAT(Times(Drawn(arrivals, seed)), ElementsAre(100'000'000)) << seed;
+  }
+}
+
 TEST(ArrivalLaws, ConstantGapsAreEqual) {
   EXPECT_THAT(Times(Drawn(Process(Arrivals::PROCESS_CONSTANT, 4, 2), 1)),
               ElementsAre(500'000'000, 1'000'000'000, 1'500'000'000, 2'000'000'000));

@@ -192,11 +192,10 @@ TEST(Summarise, CountersAndSamples) {
 
 TEST(Summarise, EnergyIsWithheldWithAllItsReasons) {
   const std::vector<RequestRow> rows = {Completed(0, 0, 5), Completed(1, 10, 5)};
-  std::vector<Counter> counters = {CounterOf(recorded::kEnergyJ, 50),
-                                   CounterOf(recorded::kEnergyNotRead, 0),
-                                   CounterOf(recorded::kEnergyTooShort, 0),
-                                   CounterOf(recorded::kEnergyShared, 0),
-                                   CounterOf(recorded::kEnergyThrottled, 0)};
+  std::vector<Counter> counters = {
+      CounterOf(recorded::kEnergyJ, 50), CounterOf(recorded::kEnergyNotRead, 0),
+      CounterOf(recorded::kEnergyTooShort, 0), CounterOf(recorded::kEnergyShared, 0),
+      CounterOf(recorded::kEnergyThrottled, 0)};
   const auto energy = [&] {
     return Find(Summarise({.requests = rows, .counters = counters}), "energy_j_per_token");
   };

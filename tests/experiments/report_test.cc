@@ -184,6 +184,33 @@ TEST_F(ReportTest, WithoutEngagementThereIsNoVerdict) {
               HasSubstr("engaged 1 of 3: no verdict is drawn"));
 }
 
+TEST_F(ReportTest, AgainstAReferenceThatDidNotEngageThereIsNoVerdict) {
+  for (TrialResult& trial : input_.trials) {
+    if (trial.arm == 0) trial.engagement = Engagement::kNotEngaged;
+  }
+  const ComparedMetric metric = Compared().cells[0].arms[1].metrics[0];
+  EXPECT_EQ(metric.verdict, Verdict::kNone);
+  EXPECT_EQ(metric.reason, "the reference did not engage");
+}
+
+TEST_F(ReportTest, RepeatsWithoutAFigureAreCounted) {
+  for (TrialResult& trial : input_.trials) {
+    if (trial.arm == 1 && trial.repeat == 0) trial.metrics.clear();
+  }
+  const ComparedArm h2o = Compared().cells[0].arms[1];
+  EXPECT_EQ(h2o.repeats, 3u);
+  ASSERT_FALSE(h2o.notes.empty());
+  EXPECT_THAT(h2o.notes[0], HasSubstr(": of 2 of 3 repeats"));
+}
+
+TEST_F(ReportTest, WhatNeverRanIsOfNoUnlikeContext) {
+  TrialResult& cancelled = Add(1, 3, 1e9, 0);
+  cancelled.outcome = OUTCOME_CANCELLED;
+  cancelled.context = {};
+  EXPECT_THAT(FormatComparison(Compared(), ReportFormat::kTable),
+              testing::Not(HasSubstr("unlike context")));
+}
+
 TEST_F(ReportTest, UnlikeContextsAreNamedAndLeftOut) {
   input_.trials[3].context.device = "EPYC";
   input_.trials[3].context.time_mode = "modelled:h200";
@@ -297,7 +324,7 @@ TEST_F(ReportTest, QualityIsShownByPositionAndDepth) {
   EXPECT_NEAR(quality.recall[1].interval.low, 0.7225, 1e-4) << "Wilson, 10 of 10";
   const std::string table = FormatComparison(comparison, ReportFormat::kTable);
   EXPECT_THAT(table, HasSubstr("from 320"));
-  EXPECT_THAT(table, HasSubstr("10/10 [0.72, 1.00]"));
+  EXPECT_THAT(table, HasSubstr("10/10 [0.72, 1.0]"));
   EXPECT_THAT(table, HasSubstr("(full cache)"));
   const auto json = nlohmann::json::parse(FormatComparison(comparison, ReportFormat::kJson));
   const auto& told = json["cells"][0]["arms"][1]["quality"];

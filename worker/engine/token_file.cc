@@ -151,4 +151,14 @@ absl::StatusOr<std::vector<int32_t>> ParseTokenList(absl::string_view text,
   return ids;
 }
 
+absl::Status CheckTokenIds(std::span<const int32_t> ids, int32_t vocabulary) {
+  for (const int32_t id : ids) {
+    if (id >= 0 && id < vocabulary) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("the tokenizer gives id ", id, " and the model has ", vocabulary,
+                     "; put the tokenizer of this model into its folder"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace kvsweep

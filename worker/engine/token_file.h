@@ -4,6 +4,7 @@
 #define KVSWEEP_WORKER_ENGINE_TOKEN_FILE_H_
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -26,6 +27,9 @@ absl::StatusOr<std::vector<int32_t>> ParseTokenFile(absl::string_view bytes,
 absl::StatusOr<std::vector<int32_t>> ParseTokenList(absl::string_view text,
                                                     absl::string_view file_name,
                                                     int32_t vocabulary);
+
+// InvalidArgument for an id outside `vocabulary`: a tokenizer that is not the model's gives such.
+absl::Status CheckTokenIds(std::span<const int32_t> ids, int32_t vocabulary);
 
 }  // namespace kvsweep
 

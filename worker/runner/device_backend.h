@@ -21,8 +21,8 @@ absl::Status ProbeDevice(int device);
 absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int device, DType dtype,
                                                            const BackendOptions& options);
 
-// Bytes a second at which the device reads memory that no cache holds, several samples. Errors as of
-// ProbeDevice.
+// Bytes a second at which the device reads memory that no cache holds, several samples. Errors as
+// of ProbeDevice.
 absl::StatusOr<std::vector<double>> MeasureDeviceReading(int device);
 
 }  // namespace kvsweep

@@ -46,6 +46,7 @@ absl::StatusOr<Course> PlanCourse(const GenerateRequest& request, const ModelCon
     ASSIGN_OR_RETURN(course.known, ReadIds(request.prompt_ids_file(), config.vocabulary));
   } else if (request.has_prompt()) {
     course.known = tokenizer->Encode(request.prompt(), {.add_bos = true});
+    RETURN_IF_ERROR(CheckTokenIds(course.known, config.vocabulary));
   }
   course.prompt = static_cast<int32_t>(course.known.size());
   course.output = static_cast<int32_t>(request.max_tokens());

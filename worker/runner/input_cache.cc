@@ -12,13 +12,12 @@ namespace {
 // Entries kept of each kind. A round needs one; an experiment's axis may walk through several.
 constexpr size_t kEntries = 16;
 
-template <typename Value>
-Value& Keep(std::map<std::string, Value>& entries, const std::string& key, Value value) {
-  if (entries.size() >= kEntries) entries.clear();
-  return entries[key] = std::move(value);
-}
-
 }  // namespace
+
+void InputCache::Trim() {
+  if (traces_.size() >= kEntries) traces_.clear();
+  if (texts_.size() >= kEntries) texts_.clear();
+}
 
 absl::StatusOr<InputCache::Place> InputCache::FindPlace(const RunTrial& request,
                                                         const std::string& path) {
@@ -52,7 +51,7 @@ absl::StatusOr<const Trace*> InputCache::FindTrace(const RunTrial& request,
   if (const auto found = traces_.find(key); found != traces_.end()) return &found->second;
   ASSIGN_OR_RETURN(const std::string content, ReadFile(place, path, limits::kTraceFileBytes));
   ASSIGN_OR_RETURN(Trace trace, ParseTrace(content, path));
-  return &Keep(traces_, key, std::move(trace));
+  return &(traces_[key] = std::move(trace));
 }
 
 absl::StatusOr<std::span<const int32_t>> InputCache::TextIds(const RunTrial& request,
@@ -63,7 +62,7 @@ absl::StatusOr<std::span<const int32_t>> InputCache::TextIds(const RunTrial& req
   const std::string key = absl::StrCat(place.digest.Hex(), " ", place.path, " ", model);
   if (const auto found = texts_.find(key); found != texts_.end()) return found->second;
   ASSIGN_OR_RETURN(const std::string content, ReadFile(place, path, limits::kTextFileBytes));
-  return Keep(texts_, key, tokenizer.Encode(content));
+  return (texts_[key] = tokenizer.Encode(content));
 }
 
 absl::StatusOr<std::span<const int32_t>> InputCache::TokenIds(const RunTrial& request,
@@ -74,7 +73,7 @@ absl::StatusOr<std::span<const int32_t>> InputCache::TokenIds(const RunTrial& re
   if (const auto found = texts_.find(key); found != texts_.end()) return found->second;
   ASSIGN_OR_RETURN(const std::string content, ReadFile(place, path, limits::kTextFileBytes));
   ASSIGN_OR_RETURN(std::vector<int32_t> ids, ParseTokenFile(content, path, vocabulary));
-  return Keep(texts_, key, std::move(ids));
+  return (texts_[key] = std::move(ids));
 }
 
 }  // namespace kvsweep

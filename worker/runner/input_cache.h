@@ -24,19 +24,22 @@ namespace kvsweep {
 
 class InputCache {
  public:
+  // Lets go of what earlier trials have read, where it is much. Before a trial reads anything: what
+  // the functions below give is valid until then.
+  void Trim();
+
   // The trace that the spec calls `path`. NotFound when the request has no place for it,
-  // FailedPrecondition when the file is not the one that was submitted. Valid until the next call
-  // of this function.
+  // FailedPrecondition when the file is not the one that was submitted.
   absl::StatusOr<const Trace*> FindTrace(const RunTrial& request, const std::string& path);
 
   // The text that the spec calls `path`, whole, as ids of `tokenizer`, which belongs to the model
-  // of digest `model`; without BOS. Errors and validity as above.
+  // of digest `model`; without BOS. Errors as above.
   absl::StatusOr<std::span<const int32_t>> TextIds(const RunTrial& request, const std::string& path,
                                                    const Tokenizer& tokenizer,
                                                    absl::string_view model);
 
   // The ids of the token file (token_file.h) that the spec calls `path`, all inside `vocabulary`.
-  // Errors and validity as above.
+  // Errors as above.
   absl::StatusOr<std::span<const int32_t>> TokenIds(const RunTrial& request,
                                                     const std::string& path, int32_t vocabulary);
 

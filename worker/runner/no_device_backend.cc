@@ -11,8 +11,6 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeDeviceBackend(int device, DType dty
   return ProbeDevice(device);
 }
 
-absl::StatusOr<std::vector<double>> MeasureDeviceReading(int device) {
-  return ProbeDevice(device);
-}
+absl::StatusOr<std::vector<double>> MeasureDeviceReading(int device) { return ProbeDevice(device); }
 
 }  // namespace kvsweep

@@ -13,6 +13,7 @@
 #include "base/check.h"
 #include "base/limits.h"
 #include "base/status_macros.h"
+#include "base/text.h"
 #include "base/version.h"
 #include "experiments/matrix.h"
 #include "experiments/metrics.h"
@@ -80,7 +81,14 @@ const char* YesNo(bool value) { return value ? "yes" : "no"; }
 
 TrialOutcome OutcomeOfError(const absl::Status& status) {
   TrialOutcome outcome;
-  outcome.set_evidence(std::string(status.message().substr(0, limits::kEvidenceBytes)));
+  // It may quote bytes of a file, and frames are UTF-8.
+  std::string evidence(status.message().substr(0, limits::kEvidenceBytes));
+  if (!IsValidUtf8(evidence)) {
+    for (char& byte : evidence) {
+      if (static_cast<unsigned char>(byte) >= 0x80) byte = '?';
+    }
+  }
+  outcome.set_evidence(std::move(evidence));
   switch (status.code()) {
     case absl::StatusCode::kResourceExhausted:
       outcome.set_outcome(OUTCOME_OOM);
@@ -276,6 +284,8 @@ absl::Status Trial::Measure() {
   const uint64_t host_bytes = backend_->allocated_bytes(Tier::kHost);
   const std::unique_ptr<DeviceSampler> sampler = SampleDevice();
   RETURN_IF_ERROR(is_quality() ? MeasureQuality() : MeasureLoad());
+  // Here, since the profiling pass goes through the same strategy.
+  figures_ = engine_->strategy().Figures();
   if (sampler != nullptr) device_use_ = sampler->End();
   if (capture_ns_ > 0) KVSWEEP_CHECK_EQ(engine_->captured_graphs(), captured_graphs_);
   // All memory was taken before the measurement.
@@ -417,7 +427,7 @@ absl::Status Trial::Summarise() {
     SummariseLayers(served_.attended_by_layer, served_.decode_tokens);
   }
   SummariseDevice();
-  for (const CacheStrategy::Figure& figure : engine_->strategy().Figures()) {
+  for (const CacheStrategy::Figure& figure : figures_) {
     EmitCounter(figure.name, figure.layer, figure.value);
   }
   return absl::OkStatus();

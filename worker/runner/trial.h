@@ -147,6 +147,7 @@ class Trial {
   std::unique_ptr<InferenceEngine> passkey_reference_;
 
   ServeResult served_;
+  std::vector<CacheStrategy::Figure> figures_;
   QualityResult scored_;
   DeviceUse device_use_;                // during the measurement
   std::optional<StepProfile> profile_;  // of steps made after it

@@ -27,10 +27,15 @@ absl::StatusOr<std::span<const int32_t>> Trial::TextIds(const std::string& path)
     return context_.inputs->TokenIds(request_, path, model_->config().vocabulary);
   }
   ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
-  return context_.inputs->TextIds(request_, path, *tokenizer, context_.device->model_key());
+  ASSIGN_OR_RETURN(
+      const std::span<const int32_t> ids,
+      context_.inputs->TextIds(request_, path, *tokenizer, context_.device->model_key()));
+  RETURN_IF_ERROR(CheckTokenIds(ids, model_->config().vocabulary));
+  return ids;
 }
 
 absl::Status Trial::Load() {
+  context_.inputs->Trim();
   const TrialSpec& spec = request_.spec();
   ASSIGN_OR_RETURN(backend_, context_.device->UseBackend(context_.device->OptionsOf(
                                  spec.engine(), spec.model().weights())));
@@ -89,6 +94,10 @@ absl::Status Trial::LoadQualityTask() {
     ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_.device->UseTokenizer());
     ASSIGN_OR_RETURN(passkeys_, MakePasskeyPrompts(quality.passkey(), *tokenizer, quality_.text_ids,
                                                    quality_.bos_id, quality_.context));
+    for (const PasskeyPrompt& prompt : passkeys_) {
+      RETURN_IF_ERROR(CheckTokenIds(prompt.tokens, model_->config().vocabulary));
+      RETURN_IF_ERROR(CheckTokenIds(prompt.answer, model_->config().vocabulary));
+    }
   }
   return absl::OkStatus();
 }

@@ -90,7 +90,8 @@ absl::Status H2oStrategy::AllocateMemory() {
   }
   if (on_host()) {
     ring_.emplace(context_.backend, memory_.scratch + layout.scratch.ring, context_.kv_dtype,
-                  layout.ring_tokens, context_.max_decode_rows, layout.heads, context_.shape.head_dim);
+                  layout.ring_tokens, context_.max_decode_rows, layout.heads,
+                  context_.shape.head_dim);
   }
   return absl::OkStatus();
 }
@@ -561,7 +562,8 @@ EngagementRule H2oStrategy::engagement_rule() const {
 }
 
 bool H2oStrategy::EngagementExpected(const RequestShape& shape, int32_t tokens) const {
-  return tokens > TokenBudget(shape);
+  // The last token is never stored: of one more than the budget nothing can be evicted.
+  return tokens > TokenBudget(shape) + 1;
 }
 
 void H2oStrategy::BeginMeasurement() {

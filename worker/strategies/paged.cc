@@ -25,8 +25,10 @@ absl::StatusOr<PagedLayout> PagedLayoutOf(const Paged& parameters, const Strateg
   };
   const bool swaps = parameters.preemption() == Paged::PREEMPTION_SWAP;
   layout.forked_pages = sizes.max_sequences;
-  layout.swapped_pages = swaps ? pages_in(sizes.device_bytes) : 0;
   layout.host_pages = swaps ? pages_in(sizes.host_bytes) : 0;
+  // Victims list the pages that they share once each, so that no device bounds them; each takes a
+  // page of the host.
+  layout.swapped_pages = layout.host_pages;
   layout.fixed_bytes = SequenceTables::Bytes(sizes, table_pages) +
                        sizeof(PagePair) * static_cast<uint64_t>(layout.forked_pages) +
                        PageTransfers::ListBytes(layout.swapped_pages);

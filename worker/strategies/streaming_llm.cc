@@ -226,7 +226,8 @@ EngagementRule StreamingLlmStrategy::engagement_rule() const {
 }
 
 bool StreamingLlmStrategy::EngagementExpected(const RequestShape& shape, int32_t tokens) const {
-  return tokens > TokenBudget(shape);
+  // The last token is never stored: of one more than the window none can leave.
+  return tokens > TokenBudget(shape) + 1;
 }
 
 }  // namespace kvsweep

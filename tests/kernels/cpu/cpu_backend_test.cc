@@ -24,7 +24,7 @@ TEST(CpuBackend, MemoryIsAlignedZeroedCountedAndBounded) {
 
   const absl::Status refused = backend.Allocate(Tier::kDevice, 401).status();
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_EQ(refused.message(), "device memory: asked for 401 bytes, 400 of 1000 available");
+  EXPECT_EQ(refused.message(), "device memory: asked 401, available 400 of 1000 bytes");
   EXPECT_TRUE(backend.Allocate(Tier::kHost, 2000).ok()) << "the tiers have bounds of their own";
   EXPECT_TRUE(backend.Allocate(Tier::kDevice, 400).ok());
   backend.Free(first);

@@ -253,8 +253,8 @@ TEST(WeightsTest, SaysWhatIsAskedOfADeviceThatIsTooSmall) {
   const std::unique_ptr<Backend> backend = NewBackend(1000);
   const auto weights = RandomWeights(*config, 1, backend.get());
   EXPECT_EQ(weights.status().ToString(),
-            absl::StrCat("RESOURCE_EXHAUSTED: weights: device memory: asked for ",
-                         WeightBytes(*config, DType::kF32), " bytes, 1000 of 1000 available"));
+            absl::StrCat("RESOURCE_EXHAUSTED: weights: device memory: asked ",
+                         WeightBytes(*config, DType::kF32), ", available 1000 of 1000 bytes"));
   EXPECT_EQ(backend->allocated_bytes(Tier::kDevice), 0u);
 }
 

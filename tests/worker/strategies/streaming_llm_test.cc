@@ -157,7 +157,8 @@ TEST(StreamingLlmTest, RatiosAreTheTokensOfEveryOtherArm) {
   EXPECT_EQ(harness.strategy().TokenBudget({500, 139}), 126);
   EXPECT_EQ(harness.strategy().TokenBudget({500, 140}), 128);
   EXPECT_EQ(harness.strategy().PromptEvictions({500, 140}), 372);
-  EXPECT_TRUE(harness.strategy().EngagementExpected({500, 140}, 129));
+  EXPECT_TRUE(harness.strategy().EngagementExpected({500, 140}, 130));
+  EXPECT_FALSE(harness.strategy().EngagementExpected({500, 140}, 129)) << "128 are stored";
   EXPECT_FALSE(harness.strategy().EngagementExpected({100, 540}, 128));
 }
 
