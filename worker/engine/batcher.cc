@@ -288,8 +288,11 @@ bool Batcher::Enter(RequestId request, Request& state) {
 bool Batcher::EnterPrompt(RequestId request, Request& state) {
   if (prompt_under_way_) return false;
   // After a recompute the output so far belongs to the prompt; the limit stays.
-  const RequestShape shape = {state.to_compute, state.shape.limit() - state.to_compute,
-                              state.shape.oracle_tokens};
+  const RequestShape shape = {
+      .prompt_tokens = state.to_compute,
+      .max_tokens = state.shape.limit() - state.to_compute,
+      .oracle_tokens = state.shape.oracle_tokens,
+      .restarted_tokens = std::max(0, state.to_compute - state.shape.prompt_tokens)};
   state.computed = manager_->FindCached(request, shape);
   const int32_t tokens = ChunkTokens(state);
   if (tokens == 0 || !manager_->Admit(request, shape, state.computed + tokens)) {

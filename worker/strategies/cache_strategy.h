@@ -38,6 +38,9 @@ struct RequestShape {
   // Prompt and true output, which no server knows: for controls and fidelity runs alone (paged's
   // reservations oracle and pow2, budget_base: final). 0: not known.
   int32_t oracle_tokens = 0;
+  // Of the prompt, what the request had put out before it was preempted and began anew: no part of
+  // what a budget is a ratio of.
+  int32_t restarted_tokens = 0;
   int32_t limit() const { return prompt_tokens + max_tokens; }
 };
 

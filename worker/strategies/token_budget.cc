@@ -8,7 +8,7 @@ namespace kvsweep {
 int32_t BudgetBaseTokens(BudgetBase base, int32_t fixed_tokens, const RequestShape& shape) {
   switch (base) {
     case BUDGET_BASE_PROMPT:
-      return shape.prompt_tokens;
+      return shape.prompt_tokens - shape.restarted_tokens;
     case BUDGET_BASE_FIXED:
       return fixed_tokens;
     case BUDGET_BASE_FINAL:

@@ -18,6 +18,9 @@ namespace {
 
 TEST(TokenBudgetTest, EqualRatiosAreEqualTokens) {
   EXPECT_EQ(BudgetTokens(0.2, 640, 1), 128);
+  EXPECT_EQ(BudgetBaseTokens(BUDGET_BASE_PROMPT, 0, {100, 900}), 100);
+  // Preempted after 800 tokens: these are no more of a prompt than they were.
+  EXPECT_EQ(BudgetBaseTokens(BUDGET_BASE_PROMPT, 0, {900, 100, 0, 800}), 100);
   EXPECT_EQ(BudgetTokens(0.2, 639, 1), 126);  // 2 * floor(63.9)
   EXPECT_EQ(BudgetTokens(0.0, 640, 2), 2);
   const H2o h2o = H2oArm(0.1, 0.1).h2o();
