@@ -347,9 +347,17 @@ absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view json_text,
                                                    " bytes; a model's config may have at most ",
                                                    limits::kModelConfigBytes));
   }
-  const json object = json::parse(json_text.begin(), json_text.end(), nullptr,
-                                  /*allow_exceptions=*/false);
-  if (!object.is_object()) {
+  // Nesting that no config needs is cut off, so that showing it cannot run out of stack.
+  constexpr int kMaxDepth = 16;
+  bool too_deep = false;
+  const json object = json::parse(
+      json_text.begin(), json_text.end(),
+      [&](int depth, json::parse_event_t, json&) {
+        too_deep |= depth > kMaxDepth;
+        return !too_deep;
+      },
+      /*allow_exceptions=*/false);
+  if (too_deep || !object.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(file_name, " is not a JSON object"));
   }
   Fields fields(object, std::string(file_name));

@@ -352,7 +352,7 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> ParseTokenizerJson(absl::string_view 
   RETURN_IF_ERROR(reader.ReadPreTokenizer(object.value("pre_tokenizer", json())));
   RETURN_IF_ERROR(reader.RequireByteLevel());
   RETURN_IF_ERROR(reader.ReadPostProcessor(object.value("post_processor", json())));
-  reader.ReadConfig(json::parse(config_text.begin(), config_text.end(), nullptr, false));
+  reader.ReadConfig(ParseObject(config_text, file_name).value_or(json()));
   return ByteBpeTokenizer::Make(reader.Take(), file_name);
 }
 
@@ -374,7 +374,7 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> ParseVocabularyAndMerges(absl::string
     RETURN_IF_ERROR(reader.AddMerge(parts[0], parts[1]));
   }
   RETURN_IF_ERROR(reader.AddSplit(kGpt2Pattern, true));
-  reader.ReadConfig(json::parse(config_text.begin(), config_text.end(), nullptr, false));
+  reader.ReadConfig(ParseObject(config_text, file_name).value_or(json()));
   return ByteBpeTokenizer::Make(reader.Take(), file_name);
 }
 

@@ -287,6 +287,10 @@ TEST(ModelConfigTest, RefusesWhatIsNoConfigAtAll) {
             "config.json is not a JSON object");
   EXPECT_EQ(ParseModelConfig("[1]", "config.json").status().message(),
             "config.json is not a JSON object");
+  const std::string deep =
+      "{\"model_type\": " + std::string(100'000, '[') + std::string(100'000, ']') + "}";
+  EXPECT_EQ(ParseModelConfig(deep, "config.json").status().message(),
+            "config.json is not a JSON object");
   EXPECT_EQ(ParseModelConfig(std::string(2 << 20, ' '), "config.json").status().message(),
             "config.json has 2097152 bytes; a model's config may have at most 1048576");
   EXPECT_EQ(LoadModelConfig("experiments/specs-that-are-not-there").status().code(),
