@@ -86,13 +86,7 @@ class MemoryPlanner {
     const auto batched = static_cast<int32_t>(trial.engine().max_num_batched_tokens());
     const int32_t decode_rows = PaddedDecodeRows(sequences);
     const StrategySizes sizes{
-        .shape = {.layers = config.layers,
-                  .hidden_size = config.hidden_size,
-                  .query_heads = config.query_heads,
-                  .kv_heads = config.kv_heads,
-                  .head_dim = config.head_dim,
-                  .max_positions = config.max_positions,
-                  .rotary = config.positions == PositionKind::kRotary},
+        .shape = config.shape(),
         .kv_dtype = KvDtype(trial.kv(), config.dtype, computed),
         .activation_dtype = computed,
         .weight_dtype = computed,

@@ -52,14 +52,9 @@ absl::Status LoadedModel::MakeTables() {
 }
 
 ModelShape LoadedModel::shape() const {
-  return {.layers = config_.layers,
-          .hidden_size = config_.hidden_size,
-          .query_heads = config_.query_heads,
-          .kv_heads = config_.kv_heads,
-          .head_dim = config_.head_dim,
-          .max_positions = config_.max_positions,
-          .rotary = config_.positions == PositionKind::kRotary,
-          .inverse_frequency = reinterpret_cast<const float*>(inverse_frequency_.get())};
+  ModelShape shape = config_.shape();
+  shape.inverse_frequency = reinterpret_cast<const float*>(inverse_frequency_.get());
+  return shape;
 }
 
 // -----------------------------------------------------------------------------------------------

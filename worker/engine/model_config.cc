@@ -322,6 +322,16 @@ int64_t ModelConfig::KvBytesPerToken(DType kv_type) const {
   return 2 * int64_t{layers} * kv_heads * head_dim * DTypeBytes(kv_type);
 }
 
+ModelShape ModelConfig::shape() const {
+  return {.layers = layers,
+          .hidden_size = hidden_size,
+          .query_heads = query_heads,
+          .kv_heads = kv_heads,
+          .head_dim = head_dim,
+          .max_positions = max_positions,
+          .rotary = positions == PositionKind::kRotary};
+}
+
 ModelConfig ArchitectureFeatures(Architecture architecture) {
   ModelConfig config;  // its defaults are Llama's
   config.architecture = architecture;

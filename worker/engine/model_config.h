@@ -20,6 +20,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "kernels/shapes.h"
+#include "worker/strategies/model_shape.h"
 
 namespace kvsweep {
 
@@ -97,6 +98,8 @@ struct ModelConfig {
   // kappa = 2 L Hk d s, s being the bytes of `kv_type`.
   int64_t KvBytesPerToken(DType kv_type) const;
   bool projects_embeddings() const { return embedding_size != hidden_size; }
+  // The dimensions that strategies need. Frequencies lie on a device: LoadedModel::shape.
+  ModelShape shape() const;
 
   bool operator==(const ModelConfig&) const = default;
 };

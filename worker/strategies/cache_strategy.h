@@ -22,6 +22,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "kernels/step_state.h"
+#include "worker/strategies/model_shape.h"
 
 namespace kvsweep {
 
@@ -148,19 +149,6 @@ class KvManager {
 
 // ----------------------------------------------------------------------------------------------------------------------
 // hooks
-
-// The dimensions a strategy needs.
-struct ModelShape {
-  int32_t layers = 0;       // L
-  int32_t hidden_size = 0;  // D
-  int32_t query_heads = 0;  // Hq
-  int32_t kv_heads = 0;     // Hk
-  int32_t head_dim = 0;     // d
-  int32_t max_positions = 0;
-  bool rotary = false;
-  const float* inverse_frequency = nullptr;  // [d/2], device; of rotary models (RotaryArgs)
-  float attention_scale() const;             // 1 / sqrt(d)
-};
 
 // Read-only access to a layer's query projection, for speculation.
 struct QueryWeights {
@@ -337,8 +325,8 @@ struct StrategySizes {
 // Everything a strategy is built from. Pointers outlive it.
 struct StrategyContext : StrategySizes {
   Backend* backend = nullptr;
-  StepState* step_state = nullptr;          // before Build: the strategy adds its arrays
-  std::vector<QueryWeights> query_weights;  // [L]
+  StepState* step_state = nullptr;              // before Build: the strategy adds its arrays
+  std::vector<QueryWeights> query_weights;      // [L]
   PreparedWeights* prepared_weights = nullptr;  // kept with the model
   // Runs a calibration forward over the first `tokens` calibration ids and computes the skewing
   // from its queries and keys; results are kept with the model. Only for strategies that prepare

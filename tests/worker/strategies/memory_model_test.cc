@@ -17,13 +17,7 @@ namespace {
 constexpr double kGiB = 1024.0 * 1024 * 1024;
 
 StrategySizes SizesOf(const ModelConfig& config, DType kv_dtype) {
-  return {.shape = {.layers = config.layers,
-                    .hidden_size = config.hidden_size,
-                    .query_heads = config.query_heads,
-                    .kv_heads = config.kv_heads,
-                    .head_dim = config.head_dim,
-                    .max_positions = config.max_positions,
-                    .rotary = config.positions == PositionKind::kRotary},
+  return {.shape = config.shape(),
           .kv_dtype = kv_dtype,
           .device_bytes = uint64_t{24} << 20,
           .host_bytes = uint64_t{48} << 20,
