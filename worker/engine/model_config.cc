@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <numbers>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
@@ -11,6 +12,7 @@
 #include "base/limits.h"
 #include "base/status_macros.h"
 #include "nlohmann/json.hpp"
+#include "worker/engine/json_object.h"
 
 namespace kvsweep {
 namespace {
@@ -357,19 +359,11 @@ absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view json_text,
                                                    " bytes; a model's config may have at most ",
                                                    limits::kModelConfigBytes));
   }
-  // Nesting that no config needs is cut off, so that showing it cannot run out of stack.
-  constexpr int kMaxDepth = 16;
-  bool too_deep = false;
-  const json object = json::parse(
-      json_text.begin(), json_text.end(),
-      [&](int depth, json::parse_event_t, json&) {
-        too_deep |= depth > kMaxDepth;
-        return !too_deep;
-      },
-      /*allow_exceptions=*/false);
-  if (too_deep || !object.is_object()) {
+  const std::optional<json> parsed = ParseJsonObject(json_text);
+  if (!parsed.has_value()) {
     return absl::InvalidArgumentError(absl::StrCat(file_name, " is not a JSON object"));
   }
+  const json& object = *parsed;
   Fields fields(object, std::string(file_name));
   const std::string model_type = fields.GetString("model_type", "");
   const auto family = std::ranges::find(kFamilies, model_type, &Family::model_type);

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -15,6 +16,7 @@
 #include "base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "worker/engine/byte_bpe_tokenizer.h"
+#include "worker/engine/json_object.h"
 #include "worker/engine/tokenizer.h"
 #include "worker/engine/utf8.h"
 
@@ -322,21 +324,12 @@ class Reader {
   bool has_byte_level_ = false;
 };
 
-// Nesting that no tokenizer needs is cut off, so that reading it cannot run out of stack.
 absl::StatusOr<json> ParseObject(absl::string_view text, absl::string_view file) {
-  constexpr int kMaxDepth = 16;
-  bool too_deep = false;
-  json object = json::parse(
-      text.begin(), text.end(),
-      [&](int depth, json::parse_event_t, json&) {
-        too_deep |= depth > kMaxDepth;
-        return !too_deep;
-      },
-      /*allow_exceptions=*/false);
-  if (too_deep || !object.is_object()) {
+  std::optional<json> object = ParseJsonObject(text);
+  if (!object.has_value()) {
     return absl::InvalidArgumentError(absl::StrCat(file, " is not a JSON object, or is damaged"));
   }
-  return object;
+  return *std::move(object);
 }
 
 }  // namespace
@@ -352,7 +345,7 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> ParseTokenizerJson(absl::string_view 
   RETURN_IF_ERROR(reader.ReadPreTokenizer(object.value("pre_tokenizer", json())));
   RETURN_IF_ERROR(reader.RequireByteLevel());
   RETURN_IF_ERROR(reader.ReadPostProcessor(object.value("post_processor", json())));
-  reader.ReadConfig(ParseObject(config_text, file_name).value_or(json()));
+  reader.ReadConfig(ParseJsonObject(config_text).value_or(json()));
   return ByteBpeTokenizer::Make(reader.Take(), file_name);
 }
 
@@ -374,7 +367,7 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> ParseVocabularyAndMerges(absl::string
     RETURN_IF_ERROR(reader.AddMerge(parts[0], parts[1]));
   }
   RETURN_IF_ERROR(reader.AddSplit(kGpt2Pattern, true));
-  reader.ReadConfig(ParseObject(config_text, file_name).value_or(json()));
+  reader.ReadConfig(ParseJsonObject(config_text).value_or(json()));
   return ByteBpeTokenizer::Make(reader.Take(), file_name);
 }
 
