@@ -1,7 +1,6 @@
 // What a person submits: experiments with their rounds, files; and what is known of workers.
 #include <zstd.h>
 
-
 #include <algorithm>
 #include <utility>
 
