@@ -32,11 +32,14 @@ const char* PresenceName(Presence presence) {
   return "unknown";
 }
 
-std::string RosterEntry::IdleReason() const {
-  if (presence != Presence::kConnected) return PresenceName(presence);
+std::string RosterEntry::RefusalReason() const {
   if (!report.unhealthy_reason.empty()) return absl::StrCat("unhealthy: ", report.unhealthy_reason);
   if (report.draining || drained_by_people) return "draining";
   return "";
+}
+
+std::string RosterEntry::IdleReason() const {
+  return presence == Presence::kConnected ? RefusalReason() : PresenceName(presence);
 }
 
 Roster::Roster(const LeaseOptions& options) : options_(options) {

@@ -90,7 +90,10 @@ struct RosterEntry {
   bool drained_by_people = false;
   Presence presence = Presence::kConnected;
 
-  // Why the worker gets no new work; empty: it does.
+  // Why the worker is to get no new work whether it is heard or not; empty: none.
+  std::string RefusalReason() const;
+
+  // Why the worker gets no new work now; empty: it does.
   std::string IdleReason() const;
 };
 

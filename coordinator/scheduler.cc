@@ -97,6 +97,10 @@ bool Scheduler::Heard(int64_t now_ns, WorkerReport report) {
   } else if (arrival == Roster::Arrival::kNewIncarnation) {
     Say(ExperimentId(), absl::StrCat("worker ", id.value(), " was started again"));
     TakeBackAll(now_ns, id, "the worker was started again");
+    for (auto& [index, slot] : workers_[id].slots) {
+      slot.failures = 0;
+      slot.rest_until_ns = 0;
+    }
     Review(id);
   }
   Worker& worker = workers_[id];
@@ -119,7 +123,9 @@ void Scheduler::Broken(int64_t now_ns, const WorkerId& worker, uint64_t incarnat
 void Scheduler::Accepted(int64_t, Attempt attempt) {
   if (!leases_.contains(attempt)) return;
   const Lease lease = RemoveLease(attempt);
-  workers_.at(lease.slot.first).slots.at(lease.slot.second).settled = attempt;
+  Slot& slot = workers_.at(lease.slot.first).slots.at(lease.slot.second);
+  slot.settled = attempt;
+  slot.failures = 0;
   EndRound(lease.round, RoundEnd::kAccepted);
   Review(lease.slot.first);
 }
@@ -277,6 +283,7 @@ void Scheduler::TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind,
                            .trial = lease.trial,
                            .time_ns = now_ns,
                            .reason = reason});
+  if (kind == Mishap::Kind::kFailed) Rest(now_ns, workers_.at(worker).slots.at(lease.slot.second));
   if (!stored) {
     plan_.voids.push_back(
         {.attempt = attempt, .round = lease.round, .mishap = round.mishaps.back()});
@@ -293,6 +300,17 @@ void Scheduler::TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind,
     Enqueue(lease.round, round);
   }
   Review(worker);
+}
+
+// An attempt failed on the slot.
+void Scheduler::Rest(int64_t now_ns, Slot& slot) const {
+  if (++slot.failures < 2) return;
+  int64_t rest_ns = options_.failure_pause_ns;
+  for (uint32_t failure = 2; failure < slot.failures && rest_ns < options_.longest_rest_ns;
+       ++failure) {
+    rest_ns *= 2;
+  }
+  slot.rest_until_ns = now_ns + std::min(rest_ns, options_.longest_rest_ns);
 }
 
 void Scheduler::TakeBackAll(int64_t now_ns, const WorkerId& worker, const std::string& reason) {
@@ -379,17 +397,15 @@ void Scheduler::Review(const WorkerId& id) {
   if (worker == workers_.end()) return;
   touched_.insert(id);
   const bool available = entry != nullptr && entry->IdleReason().empty();
+  const bool willing = entry != nullptr && entry->RefusalReason().empty();
+  // Rounds may have waited for this worker rather than go to another one.
+  if (std::exchange(worker->second.willing, willing) != willing) work_changed_ = true;
   for (auto& [index, slot] : worker->second.slots) {
     std::optional<SlotKind> kind;
     if (available && slot.live == kNoAttempt && index.value() < entry->report.slots.size()) {
       const SlotReport& report = entry->report.slots[index.value()];
       const bool empty = !report.holding.has_value() || report.holding->attempt == slot.settled;
-      if (empty && !report.devices.empty()) {
-        kind = SlotKind{.devices = static_cast<uint32_t>(report.devices.size()),
-                        .backend = report.devices[0].backend,
-                        .device_class = report.devices[0].device_class,
-                        .model_digests = entry->report.model_digests};
-      }
+      if (empty && !report.devices.empty()) kind = KindOf(*entry, report);
     }
     Offer({id, index}, slot, std::move(kind));
   }
@@ -467,8 +483,11 @@ void Scheduler::TryRound(int64_t now_ns, RoundId id) {
     Grant(now_ns, id, *slot);
 }
 
+// The first of the least doubtful slots that are idle; none if one in use is less so.
 std::optional<Scheduler::SlotKey> Scheduler::FindSlot(int64_t now_ns, const Round& round) {
   const RoundRequirement& requirement = round.round_class->requirement;
+  std::optional<SlotKey> best;
+  Doubt least;
   for (const auto& [kind, slots] : idle_) {
     if (!Fits(requirement, kind)) continue;
     for (const SlotKey& key : slots) {
@@ -477,11 +496,58 @@ std::optional<Scheduler::SlotKey> Scheduler::FindSlot(int64_t now_ns, const Roun
         continue;
       }
       const int64_t pause_ns = PausedUntilNs(round, key.first);
-      if (pause_ns <= now_ns) return key;
-      retry_ns_ = std::min(retry_ns_, pause_ns);
+      if (pause_ns > now_ns) {
+        retry_ns_ = std::min(retry_ns_, pause_ns);
+        continue;
+      }
+      const Slot& slot = workers_.at(key.first).slots.at(key.second);
+      const Doubt doubt = DoubtOf(now_ns, round, key.first, slot);
+      if (doubt == Doubt()) return key;
+      if (doubt.resting) retry_ns_ = std::min(retry_ns_, slot.rest_until_ns);
+      if (best.has_value() && least <= doubt) continue;
+      best = key;
+      least = doubt;
     }
   }
-  return std::nullopt;
+  if (best.has_value() && HasBetterSlot(now_ns, round, least)) return std::nullopt;
+  return best;
+}
+
+Scheduler::Doubt Scheduler::DoubtOf(int64_t now_ns, const Round& round, const WorkerId& worker,
+                                    const Slot& slot) {
+  const auto failures = std::count_if(
+      round.mishaps.begin(), round.mishaps.end(),
+      [&](const Mishap& mishap) { return Failed(mishap) && mishap.worker == worker; });
+  return {.resting = slot.rest_until_ns > now_ns, .failures = static_cast<uint32_t>(failures)};
+}
+
+// Whether a slot that is idle, or will be after its live attempt, fits the round and is less
+// doubtful. Attempts end, also of a worker that is silent; what a slot holds without a lease might
+// be held for ever, so that such a slot is not waited for.
+bool Scheduler::HasBetterSlot(int64_t now_ns, const Round& round, const Doubt& doubt) const {
+  const RoundRequirement& requirement = round.round_class->requirement;
+  for (const auto& [id, worker] : workers_) {
+    if (!worker.willing) continue;
+    const RosterEntry& entry = *roster_.Find(id);
+    for (const auto& [index, slot] : worker.slots) {
+      if (slot.live == kNoAttempt && !slot.offer.has_value()) continue;
+      if (index.value() >= entry.report.slots.size()) continue;
+      const SlotReport& report = entry.report.slots[index.value()];
+      if (!report.devices.empty() && DoubtOf(now_ns, round, id, slot) < doubt &&
+          Fits(requirement, KindOf(entry, report))) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+// REQUIRES: the slot has a device.
+Scheduler::SlotKind Scheduler::KindOf(const RosterEntry& entry, const SlotReport& report) {
+  return {.devices = static_cast<uint32_t>(report.devices.size()),
+          .backend = report.devices[0].backend,
+          .device_class = report.devices[0].device_class,
+          .model_digests = entry.report.model_digests};
 }
 
 bool Scheduler::Fits(const RoundRequirement& requirement, const SlotKind& kind) {

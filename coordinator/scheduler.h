@@ -38,6 +38,12 @@
 // slot; a round that fits none does not hold up those behind it. Rounds are queued by *requirement
 // class* (what a slot must have), slots by *slot kind* (what it has), so that a decision costs
 // classes x kinds, not rounds x slots.
+//
+// Failures (not losses) make a slot doubtful for a round: one on whose worker this round failed, or
+// one that is *resting* because its last attempts failed in a row, whatever the rounds. A round
+// takes a doubtful slot only if no other slot that takes work and fits is less so; it waits for one
+// that is in use. So a worker where everything fails at once costs each round one failure at most,
+// not all of them, and a worker that is alone is asked again as if there were no rest.
 
 namespace kvsweep {
 
@@ -47,7 +53,10 @@ struct SchedulerOptions {
       limits::kAttemptsPerRound;  // leases of one round, after which it is given up
   uint32_t max_failures = 3;  // attempts refused or failed by workers, after which it is given up
   int64_t failure_pause_ns =
-      5 * kNsPerSecond;          // before a round returns to a worker where it failed
+      5 * kNsPerSecond;  // before a round returns to a worker where it failed
+  // A slot rests for failure_pause_ns from the second failure in a row, twice as long after each
+  // further one, at most this long.
+  int64_t longest_rest_ns = 320 * kNsPerSecond;
   uint32_t poison_losses = 3;    // workers lost during the same trial ...
   uint32_t poison_machines = 2;  // ... on at least so many machines: poisoned
 };
@@ -291,10 +300,21 @@ class Scheduler {
     Attempt live;                   // 0: none
     Attempt settled;                // accepted last: to be forgotten by the worker
     std::optional<SlotKind> offer;  // the kind it is listed under as idle
+    uint32_t failures = 0;          // attempts that failed since one was accepted
+    int64_t rest_until_ns = 0;
+  };
+
+  // How little a slot promises for a round; the least doubtful is taken.
+  struct Doubt {
+    bool resting = false;
+    uint32_t failures = 0;  // of this round on its worker
+
+    auto operator<=>(const Doubt&) const = default;
   };
 
   struct Worker {
     uint64_t incarnation = 0;
+    bool willing = false;  // takes new work, now or when it is heard again
     std::map<SlotIndex, Slot> slots;
   };
 
@@ -317,6 +337,7 @@ class Scheduler {
   Lease RemoveLease(Attempt attempt);
   void TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind, const std::string& reason,
                 bool stored = false);
+  void Rest(int64_t now_ns, Slot& slot) const;
   void TakeBackAll(int64_t now_ns, const WorkerId& worker, const std::string& reason);
   std::optional<FinishRow> GiveUp(RoundId id, const Round& round) const;
 
@@ -332,6 +353,10 @@ class Scheduler {
   void TryRound(int64_t now_ns, RoundId id);
   std::optional<SlotKey> FindSlot(int64_t now_ns, const Round& round);
   static bool Fits(const RoundRequirement& requirement, const SlotKind& kind);
+  static SlotKind KindOf(const RosterEntry& entry, const SlotReport& report);
+  static Doubt DoubtOf(int64_t now_ns, const Round& round, const WorkerId& worker,
+                       const Slot& slot);
+  bool HasBetterSlot(int64_t now_ns, const Round& round, const Doubt& doubt) const;
   int64_t PausedUntilNs(const Round& round, const WorkerId& worker) const;
   void Grant(int64_t now_ns, RoundId id, const SlotKey& key);
   std::string WhyWaiting(const RoundRequirement& requirement) const;
@@ -357,7 +382,7 @@ class Scheduler {
   std::map<ExperimentId, Experiment> experiments_;
 
   bool work_changed_ = false;    // a slot came free or a round was queued since the last Decide
-  int64_t retry_ns_ = kNeverNs;  // when a pause after a failure ends
+  int64_t retry_ns_ = kNeverNs;  // when a pause after a failure or a rest ends
   std::set<WorkerId> touched_;   // to be told their wish
   std::set<ExperimentId> changed_;
   SchedulerPlan plan_;  // being gathered

@@ -322,6 +322,47 @@ TEST(SchedulerTest, ARoundIsGivenUpAfterItsLastAttempt) {
   EXPECT_TRUE(scheduler.FindProgress(ExperimentId(1))->finished());
 }
 
+// "bad" fails whatever it is handed in its next heartbeat, "good" runs a round for 20 s.
+TEST(SchedulerTest, AWorkerWhereAllFailsAtOnceEndsNoRoundThatAnotherCanRun) {
+  constexpr uint64_t kRounds = 40;
+  Scheduler scheduler(SchedulerOptions(), Attempt(1));
+  std::vector<RoundDescriptor> rounds;
+  for (uint64_t id = 1; id <= kRounds; ++id) rounds.push_back({RoundId(id), {}});
+  scheduler.Submit(0, ExperimentId(1), rounds, {});
+  WorkerReport bad = OneSlot("bad");
+  WorkerReport good = OneSlot("good");
+  int64_t good_until_ns = 0;
+  uint64_t failures = 0;
+  const ExperimentProgress& progress = *scheduler.FindProgress(ExperimentId(1));
+  for (int64_t now_ns = 0; now_ns < 3600 * kNsPerSecond && !progress.finished();
+       now_ns += kNsPerSecond) {
+    std::optional<SlotHolding>& held_by_good = good.slots[0].holding;
+    if (held_by_good.has_value() && now_ns >= good_until_ns) {
+      scheduler.Accepted(now_ns, held_by_good->attempt);
+      held_by_good.reset();
+    }
+    ASSERT_TRUE(scheduler.Heard(now_ns, bad));
+    ASSERT_TRUE(scheduler.Heard(now_ns, good));
+    bad.slots[0].holding.reset();
+    const SchedulerPlan plan = scheduler.Decide(now_ns);
+    scheduler.CheckInvariants();
+    EXPECT_TRUE(plan.finishes.empty());
+    for (const GrantRow& row : plan.grants) {
+      const bool to_good = row.worker == good.worker;
+      WorkerReport& worker = to_good ? good : bad;
+      worker.slots[0].holding = {.attempt = row.attempt,
+                                 .phase = to_good ? HoldingPhase::kRunning : HoldingPhase::kFailed,
+                                 .reason = "no such model"};
+      if (to_good) good_until_ns = now_ns + 20 * kNsPerSecond;
+      failures += to_good ? 0 : 1;
+    }
+  }
+  EXPECT_EQ(progress.ended[static_cast<size_t>(RoundEnd::kAccepted)], kRounds);
+  // It is tried again now and then, more and more seldom.
+  EXPECT_GE(failures, 3u);
+  EXPECT_LE(failures, 12u);
+}
+
 TEST(SchedulerTest, MishapsSurviveARestart) {
   SchedulerOptions options;
   Scheduler scheduler(options, Attempt(10));
