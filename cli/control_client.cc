@@ -3,9 +3,11 @@
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/clock.h"
 #include "base/limits.h"
 #include "base/status_macros.h"
 #include "proto/control.grpc.pb.h"
@@ -17,7 +19,15 @@ namespace {
 constexpr int kCallSeconds = 120;
 constexpr size_t kChunkBytes = 512 << 10;
 
-absl::Status ToStatus(const grpc::Status& status) {
+// The coordinator's word on a call that has ended; Unavailable if it said none in time, which is
+// not to be taken for a time limit of what was asked.
+absl::Status ToStatus(const grpc::Status& status, const grpc::ClientContext& context) {
+  const auto deadline =
+      std::chrono::duration_cast<std::chrono::nanoseconds>(context.deadline().time_since_epoch());
+  if (status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED &&
+      RealClock::Get().UnixNs() >= deadline.count()) {
+    return absl::UnavailableError(absl::StrCat("no answer within ", kCallSeconds, " s"));
+  }
   return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
 }
 
@@ -103,7 +113,7 @@ absl::StatusOr<SubmitReply> ControlClient::Submit(const SubmitRequest& request) 
   grpc::ClientContext context;
   SetDeadline(&context);
   SubmitReply reply;
-  RETURN_IF_ERROR(Annotated(ToStatus((*stub_)->Submit(&context, request, &reply))));
+  RETURN_IF_ERROR(Annotated(ToStatus((*stub_)->Submit(&context, request, &reply), context)));
   return reply;
 }
 
@@ -124,7 +134,7 @@ absl::Status ControlClient::UploadFile(const Digest& digest, absl::string_view c
     offset += kChunkBytes;
   } while (offset < content.size());
   writer->WritesDone();
-  return Annotated(ToStatus(writer->Finish()));
+  return Annotated(ToStatus(writer->Finish(), context));
 }
 
 absl::Status ControlClient::Watch(ExperimentId experiment,
@@ -151,7 +161,7 @@ absl::Status ControlClient::Watch(ExperimentId experiment,
   if (finished) return absl::OkStatus();
   if (interrupted_) return absl::CancelledError("interrupted");
   if (status.ok()) return absl::UnavailableError("the coordinator ended the watch");
-  return Annotated(ToStatus(status));
+  return Annotated(ToStatus(status, context));
 }
 
 void ControlClient::Interrupt() {
@@ -166,7 +176,7 @@ absl::StatusOr<uint64_t> ControlClient::Cancel(ExperimentId experiment) {
   CancelRequest request;
   request.set_experiment_id(experiment.value());
   CancelReply reply;
-  RETURN_IF_ERROR(Annotated(ToStatus((*stub_)->Cancel(&context, request, &reply))));
+  RETURN_IF_ERROR(Annotated(ToStatus((*stub_)->Cancel(&context, request, &reply), context)));
   return reply.rounds_cancelled();
 }
 
@@ -174,7 +184,8 @@ absl::StatusOr<Table> ControlClient::Workers() {
   grpc::ClientContext context;
   SetDeadline(&context);
   WorkersReply reply;
-  RETURN_IF_ERROR(Annotated(ToStatus((*stub_)->Workers(&context, WorkersRequest(), &reply))));
+  RETURN_IF_ERROR(
+      Annotated(ToStatus((*stub_)->Workers(&context, WorkersRequest(), &reply), context)));
   Table table;
   RETURN_IF_ERROR(AppendRows(reply.table(), &table));
   return table;
@@ -194,7 +205,7 @@ absl::StatusOr<Table> ControlClient::Query(absl::string_view sql, uint64_t row_l
   if (!appended.ok()) context.TryCancel();
   const grpc::Status status = reader->Finish();
   RETURN_IF_ERROR(appended);
-  RETURN_IF_ERROR(Annotated(ToStatus(status)));
+  RETURN_IF_ERROR(Annotated(ToStatus(status, context)));
   return table;
 }
 

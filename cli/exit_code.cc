@@ -13,7 +13,10 @@ int ExitCodeOf(const absl::Status& status) {
     case absl::StatusCode::kNotFound:
     case absl::StatusCode::kPermissionDenied:
     case absl::StatusCode::kOutOfRange:
+    case absl::StatusCode::kResourceExhausted:
       return kExitUsage;
+    case absl::StatusCode::kDeadlineExceeded:
+      return kExitFailed;
     case absl::StatusCode::kCancelled:
       return kExitInterrupted;
     default:

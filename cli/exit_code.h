@@ -8,21 +8,23 @@
 namespace kvsweep {
 
 inline constexpr int kExitOk = 0;
-inline constexpr int kExitFailed =
-    1;                                // it ran, and part of it failed: a trial crashed, a round was
-                                      // given up or cancelled. What a repetition would give again
-                                      // (oom, infeasible, unstable, timeout) is a result, not this
-inline constexpr int kExitUsage = 2;  // wrong flags, an invalid spec, an id that does not exist
-inline constexpr int kExitUnreachable =
-    3;  // the coordinator, the store or the runner cannot be had
+// It ran, and part of it failed: a trial crashed, a round was given up or cancelled, a query took
+// longer than it may. What a repetition would give again (oom, infeasible, unstable, timeout) is a
+// result, not this.
+inline constexpr int kExitFailed = 1;
+// Wrong flags, an invalid spec, an id that does not exist, more than a limit allows.
+inline constexpr int kExitUsage = 2;
+// The coordinator, the store or the runner cannot be had.
+inline constexpr int kExitUnreachable = 3;
 inline constexpr int kExitInterrupted = 130;  // Ctrl-C or SIGTERM
 
 // For the end of --help.
 inline constexpr char kExitCodesHelp[] =
     "Exit codes:\n"
     "  0    done\n"
-    "  1    done, but something failed: a trial crashed, a round was given up or cancelled\n"
-    "  2    wrong usage, or an invalid spec\n"
+    "  1    done, but something failed: a trial crashed, a round was given up or cancelled, a\n"
+    "       query took longer than it may\n"
+    "  2    wrong usage, an invalid spec, or more than a limit allows\n"
     "  3    the coordinator, the store or the runner cannot be reached\n"
     "  130  interrupted\n";
 
