@@ -12,6 +12,7 @@
 #include "base/limits.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "base/text.h"
 #include "base/version.h"
 #include "coordinator/persistence.h"
 #include "coordinator/wire.h"
@@ -27,6 +28,11 @@ constexpr size_t kWatchMessages = 100;                // kept for a watcher that
 constexpr char kIncarnationKey[] = "coordinator_incarnation";
 
 std::string DrainedKey(const WorkerId& worker) { return absl::StrCat("drained:", worker.value()); }
+
+// Between two states of a worker: four in the time after which silence is shown.
+int64_t StatePeriodNs(const LeaseOptions& lease) {
+  return std::min(kNsPerSecond, lease.lost_after_ns / 4);
+}
 
 UpsertWorker WorkerRow(const WorkerReport& report, int64_t unix_ns) {
   UpsertWorker row{.worker_id = report.worker.value(),
@@ -103,15 +109,30 @@ absl::Status Dispatcher::Recover(const Queue& queue) {
 bool Dispatcher::Post(Event event) { return events_.TryPush(std::move(event)); }
 
 void Dispatcher::Run() {
+  int64_t listening_ns = clock_.NowNs();
   while (true) {
     int64_t wake_ns = wake_ns_;
     for (const Watcher& watcher : watchers_) wake_ns = std::min(wake_ns, WatchDueNs(watcher));
     std::vector<Event> events = events_.PopBatch(clock_, wake_ns, kEventsPerTurn);
     if (events.empty() && events_.closed()) return;
-    now_ns_ = clock_.NowNs();
+    const int64_t turn_ns = std::exchange(now_ns_, clock_.NowNs());
+    LeaveOutStall(turn_ns, listening_ns, wake_ns);
     for (Event& event : events) event();
     Turn();
+    listening_ns = clock_.NowNs();
   }
+}
+
+// Between two turns the dispatcher hears the workers only while it waits for events: not while the
+// last turn lasted (a commit on a slow disk), nor after it should have woken (a stopped process).
+void Dispatcher::LeaveOutStall(int64_t turn_ns, int64_t listening_ns, int64_t wake_ns) {
+  const int64_t overslept_ns = now_ns_ - std::max(wake_ns, listening_ns);
+  const int64_t stalled_ns = listening_ns - turn_ns + std::max<int64_t>(overslept_ns, 0);
+  // Less than the time between two states of a worker makes none late.
+  if (stalled_ns < StatePeriodNs(options_.scheduler.lease)) return;
+  LogWarning("the coordinator was held up for ", FormatDurationNs(stalled_ns),
+             "; leases run on as if that time had not been");
+  scheduler_.Stalled(stalled_ns);
 }
 
 void Dispatcher::Turn() {
@@ -252,8 +273,7 @@ void Dispatcher::TellWorker(const WorkerWish& wish) {
       specs[slot.attempt] = Live(slot.attempt, slot.round).spec;
   }
   DesiredState desired = WishToWire(wish, specs);
-  // Four states in the time after which silence is shown.
-  desired.set_next_after_ns(std::min(kNsPerSecond, options_.scheduler.lease.lost_after_ns / 4));
+  desired.set_next_after_ns(StatePeriodNs(options_.scheduler.lease));
   desired.set_coordinator_incarnation(coordinator_incarnation_);
   desired.set_generation(worker.generation);
   worker.link->Tell(std::move(desired));

@@ -153,6 +153,7 @@ class Dispatcher {
   bool Post(Event event);
   void Run();
   void Turn();
+  void LeaveOutStall(int64_t turn_ns, int64_t listening_ns, int64_t wake_ns);
   void Commit(const SchedulerPlan& plan);
   void FollowLeases(const SchedulerPlan& plan);
   void Tell(const SchedulerPlan& plan);

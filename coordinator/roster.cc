@@ -97,6 +97,16 @@ void Roster::Broken(int64_t now_ns, const WorkerId& worker, uint64_t incarnation
   Schedule(worker, NextChangeNs(entry, timers_[worker]));
 }
 
+// Deadlines only move away, so that those in the list are early, which they may be.
+void Roster::Stalled(int64_t duration_ns) {
+  for (auto& [worker, entry] : entries_) {
+    entry.heard_ns = Later(entry.heard_ns, duration_ns);
+    entry.broken_ns = Later(entry.broken_ns, duration_ns);
+    Timer& timer = timers_.at(worker);
+    timer.hold_ns = Later(timer.hold_ns, duration_ns);
+  }
+}
+
 bool Roster::Drain(const WorkerId& worker, bool draining) {
   const auto found = entries_.find(worker);
   if (found == entries_.end()) return false;

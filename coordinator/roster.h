@@ -123,6 +123,10 @@ class Roster {
   // one.
   void Broken(int64_t now_ns, const WorkerId& worker, uint64_t incarnation);
 
+  // Nobody could be heard for the last `duration_ns`, however loud: that time counts for no lease.
+  // REQUIRES: no event and no Advance came in within it.
+  void Stalled(int64_t duration_ns);
+
   // People's wish, kept over restarts of the worker. False: unknown worker.
   bool Drain(const WorkerId& worker, bool draining);
 

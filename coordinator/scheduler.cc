@@ -120,6 +120,13 @@ void Scheduler::Broken(int64_t now_ns, const WorkerId& worker, uint64_t incarnat
   Review(worker);
 }
 
+void Scheduler::Stalled(int64_t duration_ns) {
+  roster_.Stalled(duration_ns);
+  for (auto& [attempt, lease] : leases_) {
+    if (lease.missing_ns != kNeverNs) lease.missing_ns += duration_ns;
+  }
+}
+
 void Scheduler::Accepted(int64_t, Attempt attempt) {
   if (!leases_.contains(attempt)) return;
   const Lease lease = RemoveLease(attempt);

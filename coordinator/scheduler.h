@@ -216,6 +216,10 @@ class Scheduler {
   // The stream of this incarnation ended.
   void Broken(int64_t now_ns, const WorkerId& worker, uint64_t incarnation);
 
+  // The coordinator itself was held up and heard nobody for the last `duration_ns`: that time
+  // counts against no worker. REQUIRES: no event and no Decide came in within it.
+  void Stalled(int64_t duration_ns);
+
   // The store accepted the attempt: its round is done. Ignored for an attempt that is not live.
   void Accepted(int64_t now_ns, Attempt attempt);
 

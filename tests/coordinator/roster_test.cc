@@ -64,6 +64,25 @@ TEST(RosterTest, OnlyTheCurrentStreamCanBreak) {
   EXPECT_EQ(roster.Find(w)->presence, Presence::kGone);
 }
 
+TEST(RosterTest, TimeInWhichNobodyCouldBeHeardCountsForNoLease) {
+  const WorkerId silent("silent");
+  const WorkerId broken("broken");
+  const WorkerId expected("expected");
+  Roster roster((LeaseOptions()));
+  roster.Heard(0, Report("silent", 1));
+  roster.Heard(0, Report("broken", 1));
+  roster.Broken(0, broken, 1);
+  roster.Expect(0, 15 * kSecond, expected, 1, "machine");
+  roster.Advance(kSecond);
+  roster.Stalled(60 * kSecond);  // until 61 s
+  EXPECT_THAT(roster.Advance(61 * kSecond), IsEmpty());
+  EXPECT_THAT(roster.Advance(62 * kSecond), ElementsAre(broken));
+  EXPECT_THAT(roster.Advance(63 * kSecond), ElementsAre(silent));
+  EXPECT_THAT(roster.Advance(75 * kSecond - 1), IsEmpty());
+  EXPECT_THAT(roster.Advance(75 * kSecond), ElementsAre(expected, silent));
+  EXPECT_EQ(roster.Find(silent)->presence, Presence::kGone);
+}
+
 TEST(RosterTest, ExpectedWorkersAreHeldForOneLength) {
   const WorkerId w("w");
   Roster roster((LeaseOptions()));

@@ -110,7 +110,7 @@ class World {
   void Fault() {
     const size_t w = random_.Uniform(workers_.size());
     WorkerReport& report = workers_[w];
-    switch (random_.Uniform(9)) {
+    switch (random_.Uniform(10)) {
       case 0:
         connected_[w] = false;  // silent
         break;
@@ -140,6 +140,12 @@ class World {
       case 7:
         now_ns_ += static_cast<int64_t>(random_.Uniform(20)) * kNsPerSecond;
         break;
+      case 8: {  // the coordinator is held up: nobody spoke since the last step
+        const int64_t stall_ns = static_cast<int64_t>(random_.Uniform(40)) * kNsPerSecond;
+        now_ns_ += stall_ns;
+        scheduler_->Stalled(stall_ns);
+        break;
+      }
       default:
         connected_[w] = true;
     }

@@ -4,6 +4,7 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -35,6 +36,28 @@ arms:
 repeats: 2
 )";
 
+// A store whose disk is slow once: the commit after StallOnce lasts so much longer.
+class SlowStore final : public Store {
+ public:
+  explicit SlowStore(std::unique_ptr<Store> store) : store_(std::move(store)) {}
+
+  void StallOnce(int64_t duration_ns) { stall_ns_ = duration_ns; }
+
+  absl::StatusOr<CommitResult> Commit(const WriteBatch& batch) override {
+    const int64_t stall_ns = stall_ns_.exchange(0);
+    if (stall_ns > 0) RealClock::Get().SleepUntilNs(RealClock::Get().NowNs() + stall_ns);
+    return store_->Commit(batch);
+  }
+
+  absl::StatusOr<std::unique_ptr<StoreReader>> OpenReader() override {
+    return store_->OpenReader();
+  }
+
+ private:
+  const std::unique_ptr<Store> store_;
+  std::atomic<int64_t> stall_ns_ = 0;
+};
+
 class ServiceTest : public testing::Test {
  protected:
   ServiceTest() { Start(); }
@@ -43,8 +66,11 @@ class ServiceTest : public testing::Test {
     coordinator_.reset();
     absl::StatusOr<std::unique_ptr<Store>> store = OpenSqliteStore(folder_.Join("store.db"));
     ASSERT_TRUE(store.ok()) << store.status();
+    auto slow = std::make_unique<SlowStore>(*std::move(store));
+    store_ = slow.get();
     CoordinatorOptions options;
-    options.store = *std::move(store);
+    options.store = std::move(slow);
+    options.scheduler.lease = lease_;
     options.store_path = folder_.Join("store.db");
     options.check_invariants = true;
     auto started = Coordinator::Start(std::move(options), RealClock::Get());
@@ -100,6 +126,8 @@ class ServiceTest : public testing::Test {
   }
 
   TempDir folder_;
+  LeaseOptions lease_;          // as of the next Start
+  SlowStore* store_ = nullptr;  // the coordinator's
   std::unique_ptr<Coordinator> coordinator_;
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<ControlService::Stub> control_;
@@ -160,6 +188,23 @@ TEST_F(ServiceTest, ARestartGoesOnWhereTheWorkerIs) {
   while (returned->holds() && returned->attempt() == attempt) ASSERT_TRUE(returned->Exchange());
   ASSERT_TRUE(returned->RunRounds(1));
   EXPECT_EQ(WatchToTheEnd(submitted.experiment_id()).rounds_done(), 2u);
+}
+
+TEST_F(ServiceTest, ACommitLongerThanALeaseIsNotTheWorkersSilence) {
+  lease_ = {.lease_ns = kNsPerSecond, .lost_after_ns = kNsPerSecond / 2};
+  Start();
+  auto worker = NewWorker("w", 1);
+  ASSERT_TRUE(worker->Exchange());
+  Submit(Request("a"));
+  ASSERT_TRUE(worker->WaitForRound());
+  const uint64_t attempt = worker->attempt();
+  ASSERT_TRUE(worker->Exchange());
+  store_->StallOnce(3 * kNsPerSecond);
+  EXPECT_EQ(worker->Report(1, 3).acknowledged_through(), 3u);
+  // Were its lease taken back, this would be refused.
+  ASSERT_TRUE(worker->Exchange());
+  EXPECT_EQ(worker->attempt(), attempt);
+  EXPECT_FALSE(worker->Report(4, 4).refused());
 }
 
 TEST_F(ServiceTest, OnlyTheHolderWritesAndOnlyWhatItMay) {

@@ -131,6 +131,11 @@ void Transcript::Event(const std::vector<std::string>& words) {
     KVSWEEP_CHECK_OK(time_ns);
     KVSWEEP_CHECK_GE(*time_ns, now_ns_);
     now_ns_ = *time_ns;
+  } else if (verb == "stall") {
+    const absl::StatusOr<int64_t> duration_ns = ParseDurationNs(words[1]);
+    KVSWEEP_CHECK_OK(duration_ns);
+    now_ns_ += *duration_ns;
+    scheduler_->Stalled(*duration_ns);
   } else if (verb == "submit") {
     Submit(words);
   } else if (verb == "join") {
