@@ -78,7 +78,7 @@ inline constexpr int64_t kRecorderRows = 262'144;
 
 // The coordinator.
 inline constexpr int64_t kEventQueueLength = 65'536;
-inline constexpr int64_t kQueuedTrials = 1'000'000;
+inline constexpr int64_t kQueuedTrials = 1'000'000;  // not done, of all experiments together
 inline constexpr int64_t kWatchers = 1'000;
 inline constexpr int64_t kQueryRows = 100'000;  // of one remote query's answer
 inline constexpr int64_t kQueryTextBytes = 64 * kKiB;

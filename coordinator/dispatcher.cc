@@ -376,6 +376,9 @@ void Dispatcher::RoundAccepted(Attempt attempt) {
 
 bool Dispatcher::Submit(Submission submission, Done<absl::StatusOr<SubmitReply>> done) {
   return Post([this, submission = std::move(submission), done = std::move(done)]() mutable {
+    const absl::Status room = CheckRoom(submission);
+    if (!room.ok()) return done(room);
+    arriving_trials_ += submission.queued_trials;
     std::vector<RoundRequirement> requirements;
     for (const NewRound& round : submission.operation.rounds) {
       requirements.push_back(RequirementOf(round.spec));
@@ -386,7 +389,9 @@ bool Dispatcher::Submit(Submission submission, Done<absl::StatusOr<SubmitReply>>
     reply.set_rounds_served(submission.rounds_served);
     later_.push_back({std::move(submission.operation),
                       [this, requirements = std::move(requirements), reply = std::move(reply),
+                       trials = submission.queued_trials,
                        done = std::move(done)](const OperationResult& result) mutable {
+                        arriving_trials_ -= trials;
                         if (!result.status.ok()) return done(result.status);
                         const auto& submitted = std::get<SubmitResult>(result.value);
                         if (!submitted.repeated) Enqueue(submitted, std::move(requirements));
@@ -394,6 +399,16 @@ bool Dispatcher::Submit(Submission submission, Done<absl::StatusOr<SubmitReply>>
                         done(std::move(reply));
                       }});
   });
+}
+
+// The queue is held in memory, and read whole at each start. What is known already adds nothing.
+absl::Status Dispatcher::CheckRoom(const Submission& submission) {
+  const uint64_t held = scheduler_.open_trials() + arriving_trials_;
+  if (held + submission.queued_trials <= options_.queued_trials) return absl::OkStatus();
+  const absl::StatusOr<bool> known = reader_->IsSubmitted(submission.operation.client_id);
+  if (!known.ok()) EndProcess(known.status());
+  return *known ? absl::OkStatus()
+                : QueueFullError(submission.queued_trials, held, options_.queued_trials);
 }
 
 void Dispatcher::Enqueue(const SubmitResult& submitted,
@@ -404,7 +419,8 @@ void Dispatcher::Enqueue(const SubmitResult& submitted,
     if (submitted.rounds[i].served) {
       ++ended[static_cast<size_t>(RoundEnd::kServed)];
     } else {
-      rounds.push_back({submitted.rounds[i].round, std::move(requirements[i])});
+      rounds.push_back({submitted.rounds[i].round, std::move(requirements[i]),
+                        submitted.rounds[i].trials.size()});
     }
   }
   scheduler_.Submit(now_ns_, submitted.experiment, std::move(rounds), ended);

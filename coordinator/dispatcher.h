@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "base/bounded_queue.h"
 #include "base/clock.h"
+#include "base/limits.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/submission.h"
 #include "proto/control.pb.h"
@@ -65,7 +66,8 @@ class WatchLink {
 
 struct DispatcherOptions {
   SchedulerOptions scheduler;
-  bool check_invariants = false;  // after every turn; for tests
+  uint64_t queued_trials = limits::kQueuedTrials;  // not done, of all experiments together
+  bool check_invariants = false;                   // after every turn; for tests
 };
 
 class Dispatcher {
@@ -165,6 +167,7 @@ class Dispatcher {
   void AcceptIfFinished(Attempt attempt);
   void RoundAccepted(Attempt attempt);
   void RoundTakenBack(Attempt attempt, const std::string& reason);
+  absl::Status CheckRoom(const Submission& submission);
   void Enqueue(const SubmitResult& submitted, std::vector<RoundRequirement> requirements);
 
   LiveRound& Live(Attempt attempt, RoundId round);
@@ -193,6 +196,7 @@ class Dispatcher {
   std::map<Attempt, LiveRound> live_;
   std::vector<Watcher> watchers_;
   std::map<ExperimentId, Pace> paces_;
+  uint64_t arriving_trials_ = 0;  // of submissions in later_
 
   std::thread thread_;
 };

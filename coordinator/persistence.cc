@@ -115,9 +115,9 @@ absl::Status RecoverScheduler(const Queue& queue, StoreReader& reader, int64_t n
     size_t end = begin;
     for (; end < queue.rounds.size() && queue.rounds[end].experiment == experiment.experiment;
          ++end) {
-      rounds.push_back(
-          {.round = queue.rounds[end].round,
-           .requirement = RequirementOf(queue.rounds[end], experiment, model_travels)});
+      rounds.push_back({.round = queue.rounds[end].round,
+                        .requirement = RequirementOf(queue.rounds[end], experiment, model_travels),
+                        .trials = queue.rounds[end].trials.size()});
     }
     const bool first = scheduler->FindProgress(experiment.experiment) == nullptr;
     scheduler->Submit(now_ns, experiment.experiment, std::move(rounds),

@@ -78,6 +78,8 @@ void Scheduler::Submit(int64_t, ExperimentId id, std::vector<RoundDescriptor> ro
     Round& round = rounds_[descriptor.round];
     round.experiment = id;
     round.round_class = ClassFor(descriptor.requirement);
+    round.trials = descriptor.trials;
+    open_trials_ += round.trials;
     ++round.round_class->members;
     experiment.rounds.push_back(descriptor.round);
     Enqueue(descriptor.round, round);
@@ -231,6 +233,7 @@ void Scheduler::EndRound(RoundId id, RoundEnd end) {
   KVSWEEP_CHECK(found != rounds_.end() && found->second.live == kNoAttempt);
   const ExperimentId experiment_id = found->second.experiment;
   Class* round_class = found->second.round_class;
+  open_trials_ -= found->second.trials;
   rounds_.erase(found);
   if (--round_class->members == 0) classes_.erase(RoundRequirement(round_class->requirement));
 
@@ -743,14 +746,17 @@ void Scheduler::CheckLeases() const {
 
 void Scheduler::CheckQueues() const {
   size_t queued = 0;
+  uint64_t trials = 0;
   std::map<const Class*, uint64_t> members;
   for (const auto& [id, round] : rounds_) {
+    trials += round.trials;
     ++members[round.round_class];
     const bool in_class = round.round_class->queue.contains(id);
     const bool in_troubled = troubled_.contains(id);
     KVSWEEP_CHECK_EQ(in_class + in_troubled, round.live == kNoAttempt ? 1 : 0) << id.value();
     queued += in_class;
   }
+  KVSWEEP_CHECK_EQ(trials, open_trials_);
   size_t heads = 0;
   for (const auto& [requirement, round_class] : classes_) {
     KVSWEEP_CHECK_EQ(members[round_class.get()], round_class->members);

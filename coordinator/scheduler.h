@@ -78,6 +78,7 @@ struct RoundRequirement {
 struct RoundDescriptor {
   RoundId round;  // grows in the order of submission
   RoundRequirement requirement;
+  uint64_t trials = 1;
 };
 
 // A worker lost, or an attempt failed, during a round: what decides about giving it up.
@@ -242,6 +243,9 @@ class Scheduler {
   // Counts of an experiment that was submitted in this life; null: unknown.
   const ExperimentProgress* FindProgress(ExperimentId experiment) const;
 
+  // Trials of all rounds, of any experiment, that are not done.
+  uint64_t open_trials() const { return open_trials_; }
+
   // What an experiment runs now, by worker and slot.
   std::vector<RunningAttempt> Running(ExperimentId experiment) const;
 
@@ -275,6 +279,7 @@ class Scheduler {
   struct Round {
     ExperimentId experiment;
     Class* round_class = nullptr;
+    uint64_t trials = 1;
     Attempt live;  // 0: queued
     uint32_t attempts = 0;
     std::vector<Mishap> mishaps;
@@ -378,6 +383,7 @@ class Scheduler {
   std::set<RoundId> troubled_;       // queued rounds that failed somewhere: tried first, one by one
   absl::node_hash_map<RoundId, Round> rounds_;
   RoundId last_round_;
+  uint64_t open_trials_ = 0;  // of rounds_
   std::map<Attempt, Lease> leases_;
   std::map<WorkerId, Worker> workers_;  // heard in this life, or holders of recovered leases
   std::map<SlotKind, std::set<SlotKey>> idle_;

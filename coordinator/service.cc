@@ -538,6 +538,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(CoordinatorOptio
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   ASSIGN_OR_RETURN(std::unique_ptr<Dispatcher> dispatcher,
                    Dispatcher::Start({.scheduler = options.scheduler,
+                                      .queued_trials = options.queued_trials,
                                       .check_invariants = options.check_invariants},
                                      *options.store, clock));
   const std::vector<std::string> listen = options.listen;

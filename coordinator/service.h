@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "base/clock.h"
+#include "base/limits.h"
 #include "coordinator/scheduler.h"
 #include "storage/store.h"
 
@@ -24,7 +25,8 @@ struct CoordinatorOptions {
   std::vector<std::string>
       listen;  // "127.0.0.1:7470", "[::1]:0", "unix:/run/kvsweep"; may be empty
   SchedulerOptions scheduler;
-  bool check_invariants = false;  // after every turn; for tests
+  uint64_t queued_trials = limits::kQueuedTrials;  // not done, of all experiments together
+  bool check_invariants = false;                   // after every turn; for tests
 };
 
 // The coordinator, in this process: queue, leases and results store behind the two gRPC services of

@@ -185,6 +185,16 @@ absl::StatusOr<std::vector<NewRound>> SplitRound(const PlannedRound& planned, si
 
 }  // namespace
 
+absl::Status QueueFullError(uint64_t trials, uint64_t held, uint64_t limit) {
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "the experiment has ", trials, " trials to run, and ", held,
+      " of all experiments are queued or running; together at most ", limit,
+      held == 0
+          ? ": submit a smaller matrix, or fewer repeats"
+          : ": wait until some are done, cancel an experiment with `kvsweep cancel`, or submit "
+            "a smaller matrix"));
+}
+
 bool ModelTravels(const ModelReference& model) {
   return std::all_of(model.files().begin(), model.files().end(), Travels);
 }
@@ -243,8 +253,7 @@ absl::StatusOr<Submission> PlanSubmission(const SubmitRequest& request, const Re
     }
   }
   if (submission.queued_trials > static_cast<uint64_t>(limits::kQueuedTrials)) {
-    return absl::ResourceExhaustedError(absl::StrCat(submission.queued_trials, " trials; at most ",
-                                                     limits::kQueuedTrials, " can be queued"));
+    return QueueFullError(submission.queued_trials, /*held=*/0, limits::kQueuedTrials);
   }
   return submission;
 }

@@ -40,6 +40,10 @@ struct Submission {
 absl::StatusOr<Submission> PlanSubmission(const SubmitRequest& request, const ReuseRules& rules,
                                           int64_t unix_ns, StoreReader& reader);
 
+// ResourceExhausted for `trials` more than a queue of `limit` takes that holds `held`, with what to
+// do about it.
+absl::Status QueueFullError(uint64_t trials, uint64_t held, uint64_t limit);
+
 // Whether all files of the model are small enough to be sent to any worker.
 bool ModelTravels(const ModelReference& model);
 

@@ -394,6 +394,10 @@ class MemoryReader final : public StoreReader {
     if (attempt == state_.attempts.end()) return absl::NotFoundError("attempt");
     return attempt->second.stored;
   }
+  absl::StatusOr<bool> IsSubmitted(absl::string_view client_id) override {
+    const std::lock_guard<std::mutex> lock(state_.mutex);
+    return state_.clients.contains(std::string(client_id));
+  }
   absl::StatusOr<bool> HasFile(absl::string_view digest) override {
     const std::lock_guard<std::mutex> lock(state_.mutex);
     return state_.files.contains(std::string(digest));

@@ -174,6 +174,14 @@ absl::StatusOr<StoredAttempt> SqliteReader::GetAttempt(Attempt attempt) {
   return ReadAttempt(*database_, attempt);
 }
 
+absl::StatusOr<bool> SqliteReader::IsSubmitted(absl::string_view client_id) {
+  ASSIGN_OR_RETURN(Statement * query,
+                   database_->Prepare("SELECT 1 FROM experiment WHERE client_id = ?1"));
+  const StatementUse use(*query);
+  query->BindText(1, client_id);
+  return query->Step();
+}
+
 absl::StatusOr<bool> SqliteReader::HasFile(absl::string_view digest) {
   return ReadHasFile(*database_, digest);
 }

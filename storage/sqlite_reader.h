@@ -38,6 +38,7 @@ class SqliteReader final : public StoreReader {
   absl::StatusOr<StoredRound> GetRound(RoundId round) override;
   absl::StatusOr<StoredAttempt> GetAttempt(Attempt attempt) override;
   absl::StatusOr<std::vector<AcceptedRound>> FindAccepted(const AcceptedQuery& query) override;
+  absl::StatusOr<bool> IsSubmitted(absl::string_view client_id) override;
   absl::StatusOr<bool> HasFile(absl::string_view digest) override;
   absl::StatusOr<std::string> GetFile(absl::string_view digest) override;
   absl::StatusOr<std::vector<std::string>> ReadRecords(Attempt attempt, uint64_t first_sequence,

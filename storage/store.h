@@ -367,6 +367,9 @@ class StoreReader {
   // unstable, timeout). Most trials first, then the newest.
   virtual absl::StatusOr<std::vector<AcceptedRound>> FindAccepted(const AcceptedQuery& query) = 0;
 
+  // Whether an experiment of this client id is stored.
+  virtual absl::StatusOr<bool> IsSubmitted(absl::string_view client_id) = 0;
+
   virtual absl::StatusOr<bool> HasFile(absl::string_view digest) = 0;
   virtual absl::StatusOr<std::string> GetFile(absl::string_view digest) = 0;
 

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/digest.h"
 #include "base/file.h"
+#include "base/limits.h"
 #include "experiments/spec.h"
 #include "proto/control.grpc.pb.h"
 #include "storage/sqlite_store.h"
@@ -71,6 +72,7 @@ class ServiceTest : public testing::Test {
     CoordinatorOptions options;
     options.store = std::move(slow);
     options.scheduler.lease = lease_;
+    options.queued_trials = queued_trials_;
     options.store_path = folder_.Join("store.db");
     options.check_invariants = true;
     auto started = Coordinator::Start(std::move(options), RealClock::Get());
@@ -126,7 +128,8 @@ class ServiceTest : public testing::Test {
   }
 
   TempDir folder_;
-  LeaseOptions lease_;          // as of the next Start
+  LeaseOptions lease_;  // as of the next Start
+  uint64_t queued_trials_ = limits::kQueuedTrials;
   SlowStore* store_ = nullptr;  // the coordinator's
   std::unique_ptr<Coordinator> coordinator_;
   std::shared_ptr<grpc::Channel> channel_;
@@ -205,6 +208,32 @@ TEST_F(ServiceTest, ACommitLongerThanALeaseIsNotTheWorkersSilence) {
   ASSERT_TRUE(worker->Exchange());
   EXPECT_EQ(worker->attempt(), attempt);
   EXPECT_FALSE(worker->Report(4, 4).refused());
+}
+
+TEST_F(ServiceTest, TheQueueOfAllExperimentsIsBounded) {
+  const auto refused = [&](const std::string& client_id) {
+    grpc::ClientContext context;
+    SubmitReply reply;
+    const grpc::Status status = control_->Submit(&context, Request(client_id), &reply);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+    return status.error_message();
+  };
+  queued_trials_ = 8;
+  Start();
+  const SubmitReply first = Submit(Request("first"));
+  Submit(Request("second"));  // 4 trials each: exactly as many as it holds
+  EXPECT_THAT(refused("third"), HasSubstr("at most 8"));
+  EXPECT_THAT(refused("third"), HasSubstr("kvsweep cancel"));
+  EXPECT_EQ(Submit(Request("first")).experiment_id(), first.experiment_id()) << "adds nothing";
+  Start();
+  EXPECT_THAT(refused("third"), HasSubstr("8 of all experiments"));
+  EXPECT_EQ(Cancel(first.experiment_id()), 2u);
+  EXPECT_EQ(Submit(Request("third")).rounds(), 2u);
+  // One that is too large for the empty queue has another remedy.
+  EXPECT_EQ(Cancel(first.experiment_id()), 0u);
+  queued_trials_ = 3;
+  Start();
+  EXPECT_THAT(refused("fourth"), HasSubstr("at most 3"));
 }
 
 TEST_F(ServiceTest, OnlyTheHolderWritesAndOnlyWhatItMay) {

@@ -104,7 +104,9 @@ TEST_P(StoreTest, SubmitAssignsIdsAndTheQueueShowsIt) {
 }
 
 TEST_P(StoreTest, TheSameClientIdAnswersAsTheFirstTime) {
+  EXPECT_FALSE(*reader_->IsSubmitted("client-1"));
   const SubmitResult first = Submit();
+  EXPECT_TRUE(*reader_->IsSubmitted("client-1"));
   const SubmitResult again = Submit({.rounds = 7});
   EXPECT_TRUE(again.repeated);
   EXPECT_EQ(again.experiment, first.experiment);
