@@ -195,8 +195,8 @@ void BpeTokenizer::TakeSpan(absl::string_view& text, bool is_first, std::string&
   while (absl::EndsWith(span, space)) span.resize(span.size() - space.size());
 }
 
-std::vector<int32_t> BpeTokenizer::Encode(absl::string_view text,
-                                          const EncodeOptions& options) const {
+absl::StatusOr<std::vector<int32_t>> BpeTokenizer::Encode(absl::string_view text,
+                                                          const EncodeOptions& options) const {
   std::vector<int32_t> ids;
   if (options.add_bos && vocabulary_.bos_id.has_value()) ids.push_back(*vocabulary_.bos_id);
   if (vocabulary_.remove_extra_whitespaces) {

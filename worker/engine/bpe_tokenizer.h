@@ -66,7 +66,8 @@ class BpeTokenizer final : public Tokenizer {
   std::optional<int32_t> bos_id() const override { return vocabulary_.bos_id; }
   std::optional<int32_t> eos_id() const override { return vocabulary_.eos_id; }
 
-  std::vector<int32_t> Encode(absl::string_view text, const EncodeOptions& options) const override;
+  absl::StatusOr<std::vector<int32_t>> Encode(absl::string_view text,
+                                              const EncodeOptions& options) const override;
   absl::StatusOr<std::string> Decode(std::span<const int32_t> ids) const override;
 
  private:

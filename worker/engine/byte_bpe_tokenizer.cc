@@ -41,12 +41,13 @@ struct Candidate {
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> ByteBpeTokenizer::Make(ByteBpeModel model,
                                                                   absl::string_view file_name) {
-  auto tokenizer = std::unique_ptr<ByteBpeTokenizer>(new ByteBpeTokenizer(std::move(model)));
-  RETURN_IF_ERROR(tokenizer->Index(file_name));
+  auto tokenizer =
+      std::unique_ptr<ByteBpeTokenizer>(new ByteBpeTokenizer(std::move(model), file_name));
+  RETURN_IF_ERROR(tokenizer->Index());
   return tokenizer;
 }
 
-absl::Status ByteBpeTokenizer::Index(absl::string_view file_name) {
+absl::Status ByteBpeTokenizer::Index() {
   byte_id_.fill(-1);
   for (int32_t id = 0; id < vocabulary_size(); ++id) {
     const ByteBpeModel::Token& token = model_.tokens[id];
@@ -55,13 +56,13 @@ absl::Status ByteBpeTokenizer::Index(absl::string_view file_name) {
     const auto [entry, is_new] = id_of_.emplace(token.bytes, id);
     if (!is_new) {
       return absl::InvalidArgumentError(
-          absl::StrCat(file_name, ": token ", id, " repeats token ", entry->second));
+          absl::StrCat(file_name_, ": token ", id, " repeats token ", entry->second));
     }
   }
   const auto missing = std::ranges::find(byte_id_, -1);
   if (missing != byte_id_.end()) {
     return absl::UnimplementedError(
-        absl::StrCat(file_name, ": no token for byte ", missing - byte_id_.begin(),
+        absl::StrCat(file_name_, ": no token for byte ", missing - byte_id_.begin(),
                      "; only byte-level vocabularies (all 256 bytes) are supported"));
   }
   for (size_t rank = 0; rank < model_.merges.size(); ++rank) {
@@ -120,9 +121,12 @@ void ByteBpeTokenizer::JoinWord(absl::string_view word, Ids& ids) const {
   }
 }
 
-void ByteBpeTokenizer::SplitFrom(size_t step, absl::string_view text, Ids& ids) const {
-  if (text.empty() || ids.full()) return;
-  if (step == model_.steps.size()) return JoinWord(text, ids);
+absl::Status ByteBpeTokenizer::SplitFrom(size_t step, absl::string_view text, Ids& ids) const {
+  if (text.empty() || ids.full()) return absl::OkStatus();
+  if (step == model_.steps.size()) {
+    JoinWord(text, ids);
+    return absl::OkStatus();
+  }
   const SplitStep& split = model_.steps[step];
   if (split.pattern == nullptr) {
     if (text[0] == ' ') return SplitFrom(step + 1, text, ids);
@@ -138,13 +142,17 @@ void ByteBpeTokenizer::SplitFrom(size_t step, absl::string_view text, Ids& ids) 
   }
   size_t at = 0;
   while (at < text.size() && !ids.full()) {
-    const std::optional<TextPattern::Match> match = split.pattern->Find(subject, at);
+    const absl::StatusOr<std::optional<TextPattern::Match>> found =
+        split.pattern->Find(subject, at);
+    if (!found.ok()) return Annotate(found.status(), file_name_);
+    const std::optional<TextPattern::Match>& match = *found;
     const size_t begin = match.has_value() ? match->begin : text.size();
-    if (split.keep_gaps) SplitFrom(step + 1, text.substr(at, begin - at), ids);
-    if (!match.has_value()) return;
-    SplitFrom(step + 1, text.substr(begin, match->end - begin), ids);
+    if (split.keep_gaps) RETURN_IF_ERROR(SplitFrom(step + 1, text.substr(at, begin - at), ids));
+    if (!match.has_value()) return absl::OkStatus();
+    RETURN_IF_ERROR(SplitFrom(step + 1, text.substr(begin, match->end - begin), ids));
     at = match->end;
   }
+  return absl::OkStatus();
 }
 
 std::pair<size_t, int32_t> ByteBpeTokenizer::AddedAt(absl::string_view text) const {
@@ -157,14 +165,14 @@ std::pair<size_t, int32_t> ByteBpeTokenizer::AddedAt(absl::string_view text) con
   return longest;
 }
 
-void ByteBpeTokenizer::EncodeStretch(absl::string_view text, Ids& ids) const {
-  if (text.empty()) return;
+absl::Status ByteBpeTokenizer::EncodeStretch(absl::string_view text, Ids& ids) const {
+  if (text.empty()) return absl::OkStatus();
   if (model_.normal_form_c) return SplitFrom(0, NormalFormC(text), ids);
-  SplitFrom(0, text, ids);
+  return SplitFrom(0, text, ids);
 }
 
-std::vector<int32_t> ByteBpeTokenizer::Encode(absl::string_view text,
-                                              const EncodeOptions& options) const {
+absl::StatusOr<std::vector<int32_t>> ByteBpeTokenizer::Encode(absl::string_view text,
+                                                              const EncodeOptions& options) const {
   Ids ids{.values = {}, .most = options.max_tokens};
   if (options.add_bos && model_.bos_id.has_value()) ids.values.push_back(*model_.bos_id);
   const std::string repaired = RepairUtf8(text);
@@ -176,12 +184,12 @@ std::vector<int32_t> ByteBpeTokenizer::Encode(absl::string_view text,
       ++plain;
       continue;
     }
-    EncodeStretch(rest.substr(0, plain), ids);
+    RETURN_IF_ERROR(EncodeStretch(rest.substr(0, plain), ids));
     ids.values.push_back(id);
     rest.remove_prefix(plain + bytes);
     plain = 0;
   }
-  EncodeStretch(rest, ids);
+  RETURN_IF_ERROR(EncodeStretch(rest, ids));
   if (ids.values.size() > options.max_tokens) ids.values.resize(options.max_tokens);
   return std::move(ids.values);
 }

@@ -60,7 +60,8 @@ class ByteBpeTokenizer final : public Tokenizer {
   std::optional<int32_t> bos_id() const override { return model_.bos_id; }
   std::optional<int32_t> eos_id() const override { return model_.eos_id; }
 
-  std::vector<int32_t> Encode(absl::string_view text, const EncodeOptions& options) const override;
+  absl::StatusOr<std::vector<int32_t>> Encode(absl::string_view text,
+                                              const EncodeOptions& options) const override;
   absl::StatusOr<std::string> Decode(std::span<const int32_t> ids) const override;
 
  private:
@@ -74,17 +75,19 @@ class ByteBpeTokenizer final : public Tokenizer {
     bool full() const { return values.size() >= most; }
   };
 
-  explicit ByteBpeTokenizer(ByteBpeModel model) : model_(std::move(model)) {}
-  absl::Status Index(absl::string_view file_name);
+  ByteBpeTokenizer(ByteBpeModel model, absl::string_view file_name)
+      : model_(std::move(model)), file_name_(file_name) {}
+  absl::Status Index();
 
   // Bytes of the added token at the start of `text` (the longest), and its id; 0 bytes: none.
   std::pair<size_t, int32_t> AddedAt(absl::string_view text) const;
-  void EncodeStretch(absl::string_view text, Ids& ids) const;
-  void SplitFrom(size_t step, absl::string_view text, Ids& ids) const;
+  absl::Status EncodeStretch(absl::string_view text, Ids& ids) const;
+  absl::Status SplitFrom(size_t step, absl::string_view text, Ids& ids) const;
   void JoinWord(absl::string_view word, Ids& ids) const;
   const Joined* FindMerge(int32_t left, int32_t right) const;
 
   ByteBpeModel model_;
+  std::string file_name_;
   std::array<int32_t, 256> byte_id_{};
   std::unordered_map<uint64_t, Joined> merge_of_;        // by left and right
   std::unordered_map<std::string_view, int32_t> id_of_;  // of what text can become

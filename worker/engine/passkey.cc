@@ -36,8 +36,8 @@ struct Secret {
 // beginning.
 absl::StatusOr<std::vector<int32_t>> EncodeBehind(const Tokenizer& tokenizer,
                                                   absl::string_view text) {
-  const std::vector<int32_t> before = tokenizer.Encode("and");
-  std::vector<int32_t> ids = tokenizer.Encode(absl::StrCat("and", text));
+  ASSIGN_OR_RETURN(const std::vector<int32_t> before, tokenizer.Encode("and"));
+  ASSIGN_OR_RETURN(std::vector<int32_t> ids, tokenizer.Encode(absl::StrCat("and", text)));
   if (ids.size() <= before.size() || !std::equal(before.begin(), before.end(), ids.begin())) {
     return absl::InvalidArgumentError(
         absl::StrCat("quality.passkey: this model's tokenizer joins \"", text,

@@ -8,7 +8,6 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "base/check.h"
 
 namespace kvsweep {
 namespace {
@@ -37,15 +36,19 @@ absl::StatusOr<TextPattern> TextPattern::Compile(const std::string& expression) 
       "the expression ", expression, " cannot be read at byte ", place, ": ", ErrorText(error)));
 }
 
-std::optional<TextPattern::Match> TextPattern::Find(absl::string_view text, size_t from) const {
+absl::StatusOr<std::optional<TextPattern::Match>> TextPattern::Find(absl::string_view text,
+                                                                    size_t from) const {
   const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> data(
       pcre2_match_data_create(1, nullptr), &pcre2_match_data_free);
   const int found = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(),
                                 from, PCRE2_NO_UTF_CHECK | PCRE2_NOTEMPTY, data.get(), nullptr);
-  if (found == PCRE2_ERROR_NOMATCH) return std::nullopt;
-  KVSWEEP_CHECK_GE(found, 0) << "splitting text by " << expression_ << ": " << ErrorText(found);
+  if (found == PCRE2_ERROR_NOMATCH) return std::optional<Match>();
+  if (found < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("the expression ", expression_,
+                                                   " cannot split this text: ", ErrorText(found)));
+  }
   const PCRE2_SIZE* const place = pcre2_get_ovector_pointer(data.get());
-  return Match{.begin = place[0], .end = place[1]};
+  return std::optional<Match>({.begin = place[0], .end = place[1]});
 }
 
 }  // namespace kvsweep

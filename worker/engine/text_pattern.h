@@ -25,9 +25,9 @@ class TextPattern {
     size_t end = 0;  // > begin: empty matches do not count
   };
   // The first match in `text` at or behind byte `from`. Several threads may search at once.
-  // Aborts when the expression takes more steps than any sound one does.
+  // InvalidArgument when the expression takes more steps, or memory, than any sound one does.
   // REQUIRES: valid UTF-8 without U+180E (PCRE2 alone takes it for a space).
-  std::optional<Match> Find(absl::string_view text, size_t from) const;
+  absl::StatusOr<std::optional<Match>> Find(absl::string_view text, size_t from) const;
 
  private:
   struct Free {

@@ -48,16 +48,17 @@ class Tokenizer {
   // composes characters (NFC), or the text holds the mark U+2581 that SentencePiece writes for a
   // space. Special tokens are never
   // recognised inside a text. An empty text has no ids (but BOS if asked for). The first n ids do
-  // not depend on `max_tokens`. Takes O(n log n).
-  virtual std::vector<int32_t> Encode(absl::string_view text,
-                                      const EncodeOptions& options) const = 0;
+  // not depend on `max_tokens`. Takes O(n log n). InvalidArgument, with the
+  // tokenizer's file, where the file's own expression cannot split the text.
+  virtual absl::StatusOr<std::vector<int32_t>> Encode(absl::string_view text,
+                                                      const EncodeOptions& options) const = 0;
 
   // The text of `ids`; control tokens have none, and the space that encoding
   // puts before a text is dropped. Byte tokens that do not form UTF-8 become
   // U+FFFD. OutOfRange for an id outside the vocabulary.
   virtual absl::StatusOr<std::string> Decode(std::span<const int32_t> ids) const = 0;
 
-  std::vector<int32_t> Encode(absl::string_view text) const {
+  absl::StatusOr<std::vector<int32_t>> Encode(absl::string_view text) const {
     return Encode(text, EncodeOptions{});
   }
 };

@@ -45,7 +45,7 @@ absl::StatusOr<Course> PlanCourse(const GenerateRequest& request, const ModelCon
   if (!request.prompt_ids_file().empty()) {
     ASSIGN_OR_RETURN(course.known, ReadIds(request.prompt_ids_file(), config.vocabulary));
   } else if (request.has_prompt()) {
-    course.known = tokenizer->Encode(request.prompt(), {.add_bos = true});
+    ASSIGN_OR_RETURN(course.known, tokenizer->Encode(request.prompt(), {.add_bos = true}));
     RETURN_IF_ERROR(CheckTokenIds(course.known, config.vocabulary));
   }
   course.prompt = static_cast<int32_t>(course.known.size());
@@ -160,7 +160,7 @@ absl::StatusOr<std::vector<int32_t>> CalibrationIds(const GenerateRequest& reque
         absl::StrCat(file, ": random weights have no tokenizer; give token ids (.npy, .u16)"));
   } else {
     ASSIGN_OR_RETURN(const std::string text, ReadFile(file, limits::kTextFileBytes));
-    ids = tokenizer->Encode(text, {.add_bos = true, .max_tokens = count});
+    ASSIGN_OR_RETURN(ids, tokenizer->Encode(text, {.add_bos = true, .max_tokens = count}));
   }
   ids.resize(std::min(ids.size(), count));
   return ids;

@@ -62,7 +62,8 @@ absl::StatusOr<std::span<const int32_t>> InputCache::TextIds(const RunTrial& req
   const std::string key = absl::StrCat(place.digest.Hex(), " ", place.path, " ", model);
   if (const auto found = texts_.find(key); found != texts_.end()) return found->second;
   ASSIGN_OR_RETURN(const std::string content, ReadFile(place, path, limits::kTextFileBytes));
-  return (texts_[key] = tokenizer.Encode(content));
+  ASSIGN_OR_RETURN(std::vector<int32_t> ids, tokenizer.Encode(content));
+  return (texts_[key] = std::move(ids));
 }
 
 absl::StatusOr<std::span<const int32_t>> InputCache::TokenIds(const RunTrial& request,

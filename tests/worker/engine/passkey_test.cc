@@ -36,7 +36,7 @@ class PasskeyTest : public testing::Test {
         LoadTokenizer("experiments/models/books-llama-14m");
     KVSWEEP_CHECK_OK(tokenizer);
     tokenizer_ = *std::move(tokenizer);
-    text_ = tokenizer_->Encode(
+    text_ = *tokenizer_->Encode(
         ReadFile("experiments/data/moby_dick.txt", int64_t{4} << 20)->substr(0, 100'000));
   }
 
