@@ -139,7 +139,8 @@ class Server {
       result_.end = ServeResult::End::kCancelled;
       return absl::OkStatus();
     }
-    if (NowNs() >= options_.time_limit_ns) {
+    if (NowNs() >= options_.time_limit_ns ||
+        (options_.wall != nullptr && options_.wall->NowNs() >= options_.wall_deadline_ns)) {
       result_.end = ServeResult::End::kTimeLimit;
       return absl::OkStatus();
     }

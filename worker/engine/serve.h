@@ -61,8 +61,11 @@ using RequestSink = std::function<bool(RequestRow row)>;
 
 struct ServeOptions {
   Clock* clock = nullptr;
-  SimulatedClock* modelled = nullptr;         // the same clock in modelled time, else nullptr
-  int64_t time_limit_ns = kNeverNs;           // from time 0
+  SimulatedClock* modelled = nullptr;  // the same clock in modelled time, else nullptr
+  int64_t time_limit_ns = kNeverNs;    // from time 0
+  // In modelled time: an instant of the real clock that ends the load as the limit does.
+  const Clock* wall = nullptr;
+  int64_t wall_deadline_ns = kNeverNs;
   const std::atomic<bool>* cancel = nullptr;  // polled each turn, at least every 20 ms of real time
   std::function<void(size_t done)> progress;  // after each turn in which requests were done
   size_t max_samples = 200;                   // of each series

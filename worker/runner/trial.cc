@@ -303,10 +303,13 @@ absl::Status Trial::MeasureLoad() {
                                      workload_->CopyPrompt(index / samples(), prompt);
                                    },
                                .open_loop = IsOpenLoop(arrivals)};
+  const auto limit_ns = static_cast<int64_t>(request_.spec().limits().trial());
   const ServeOptions options{
       .clock = &clock(),
       .modelled = modelled(),
-      .time_limit_ns = static_cast<int64_t>(request_.spec().limits().trial()),
+      .time_limit_ns = limit_ns,
+      .wall = is_modelled() ? context_.wall : nullptr,
+      .wall_deadline_ns = context_.wall->NowNs() + limit_ns,
       .cancel = context_.cancel,
       .progress = [this](size_t done) { ReportProgress(done); },
       .run_ahead = runs_ahead()};
@@ -319,6 +322,13 @@ absl::Status Trial::MeasureLoad() {
   outcome_.set_duration_ns(served_.duration_ns);
   JudgeLoad();
   return absl::OkStatus();
+}
+
+// In modelled time the limit holds of both clocks: what a timeout says beside its length.
+const char* Trial::OfWhichClock(int64_t duration_ns) const {
+  if (!is_modelled()) return "";
+  const auto limit_ns = static_cast<int64_t>(request_.spec().limits().trial());
+  return duration_ns < limit_ns ? " of real time" : " of modelled time";
 }
 
 void Trial::JudgeLoad() {
@@ -339,7 +349,8 @@ void Trial::JudgeLoad() {
     case ServeResult::End::kTimeLimit:
       return judge(OUTCOME_TIMEOUT,
                    absl::StrCat(served_.completed, " of ", total, " requests served within ",
-                                request_.spec().limits().trial(), " ns; raise limits.trial"));
+                                request_.spec().limits().trial(), " ns",
+                                OfWhichClock(served_.duration_ns), "; raise limits.trial"));
     case ServeResult::End::kServedAll:
       break;
   }

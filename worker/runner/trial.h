@@ -46,7 +46,8 @@ struct TrialContext {
   KnownReference* reference = nullptr;
   Recorder* recorder = nullptr;
   const std::atomic<bool>* cancel = nullptr;
-  const Node* node = nullptr;     // nullptr: nothing is known of it
+  const Node* node = nullptr;             // nullptr: nothing is known of it
+  const Clock* wall = &RealClock::Get();  // bounds loads whose time is modelled
   std::string slot_device_class;  // as the runner introduced itself; empty: the backend's own
 };
 
@@ -96,6 +97,7 @@ class Trial {
   absl::Status MeasureQuality();
   absl::Status MeasurePasskeys();
   void JudgeQuality(absl::string_view what, size_t of);
+  const char* OfWhichClock(int64_t duration_ns) const;
   void JudgeLoad();
   void SummariseLoad();
   void SummariseHost();

@@ -348,6 +348,19 @@ TEST_F(ServeTest, ARequestThatCanNeverFitIsRefusedAtOnce) {
   }
 }
 
+TEST_F(ServeTest, ModelledTimeIsBoundedByTheWallToo) {
+  const std::vector<ServeRequest> requests = Requests(40, 5 * kNsPerMs, 7);
+  SimulatedClock wall;
+  const Served served =
+      Serve(PagedArm(), Options(4 * kMiB), requests,
+            {.wall = &wall, .wall_deadline_ns = 10 * kNsPerSecond, .progress = [&](size_t done) {
+               wall.AdvanceNs(done >= 5 ? 10 * kNsPerSecond : 0);
+             }});
+  EXPECT_EQ(served.result.end, ServeResult::End::kTimeLimit);
+  EXPECT_GE(served.result.completed, 5);
+  EXPECT_GT(served.result.unfinished, 0);
+}
+
 TEST_F(ServeTest, TheTimeLimitLeavesUnfinishedRows) {
   const std::vector<ServeRequest> requests = Requests(40, 5 * kNsPerMs, 7);
   const Served served =

@@ -42,6 +42,18 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& optio
   return CreateCpuBackend(cpu);
 }
 
+// A machine on which everything takes long: a second passes whenever it is looked at.
+class SlowWall final : public Clock {
+ public:
+  int64_t NowNs() const override { return now_ns_ += kNsPerSecond; }
+  int64_t UnixNs() const override { return NowNs(); }
+  void SleepUntilNs(int64_t) override {}
+  void WaitUntilNs(std::condition_variable&, std::unique_lock<std::mutex>&, int64_t) override {}
+
+ private:
+  mutable int64_t now_ns_ = 0;
+};
+
 class TrialTest : public testing::Test {
  protected:
   TrialTest() {
@@ -75,12 +87,12 @@ class TrialTest : public testing::Test {
                        frame.records().records().end());
         return absl::OkStatus();
       });
-      Trial(request,
-            {.device = &device_,
-             .inputs = &inputs_,
-             .reference = &reference_,
-             .recorder = &recorder,
-             .cancel = &cancel})
+      Trial(request, {.device = &device_,
+                      .inputs = &inputs_,
+                      .reference = &reference_,
+                      .recorder = &recorder,
+                      .cancel = &cancel,
+                      .wall = wall_})
           .Run();
       recorder.Finish(request.trial_id());
     }
@@ -108,7 +120,19 @@ class TrialTest : public testing::Test {
   WarmDevice device_{MakeBackend, 1};
   InputCache inputs_;
   KnownReference reference_;
+  const Clock* wall_ = &RealClock::Get();
 };
+
+TEST_F(TrialTest, TheLimitOfATrialHoldsForTheWallOfModelledTime) {
+  SlowWall wall;
+  wall_ = &wall;
+  RunTrial load = LoadRequest(0);
+  load.mutable_spec()->mutable_limits()->set_trial(8 * kNsPerSecond);
+  const TrialOutcome outcome = OutcomeOf(load);
+  EXPECT_EQ(outcome.outcome(), OUTCOME_TIMEOUT) << outcome.DebugString();
+  EXPECT_TRUE(absl::StrContains(outcome.evidence(), "ns of real time; raise limits.trial"))
+      << outcome.evidence();
+}
 
 TEST_F(TrialTest, EveryArmServesTheSameRequestsToTheEnd) {
   std::vector<std::vector<uint32_t>> lengths;
