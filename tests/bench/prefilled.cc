@@ -77,8 +77,8 @@ class PrefilledStrategy : public CacheStrategy {
                              std::span<double> attended_by_layer) override {
     return inner_->CollectDecode(step, index, attended_by_layer);
   }
-  int32_t PromptEvictions(const RequestShape& shape) const override {
-    return inner_->PromptEvictions(shape);
+  int32_t PromptEvictions(const RequestShape& shape, int32_t tokens) const override {
+    return inner_->PromptEvictions(shape, tokens);
   }
   int32_t declared_full_layers() const override { return inner_->declared_full_layers(); }
   int32_t TokenBudget(const RequestShape& shape) const override {

@@ -352,16 +352,19 @@ class Server {
     result_.decode_tokens += static_cast<int64_t>(plan.decode.size());
     for (const Segment& segment : plan.prefill) {
       result_.prefill_tokens += segment.rows;
-      if (segment.last_chunk) BookPrompt(segment.request);
+      if (segment.last_chunk) BookPrompt(segment);
     }
   }
 
-  void BookPrompt(RequestId id) {
-    const ServeRequest& request = RequestAt(static_cast<size_t>(id));
-    Book& book = books_[static_cast<size_t>(id)];
-    const int32_t evicted = engine_.strategy().PromptEvictions(ShapeOf(request));
-    book.evicted += evicted;
-    book.engaged |= evicted > 0;
+  // A prompt that is computed again after a preemption drops again what it had dropped; a token is
+  // lost once.
+  void BookPrompt(const Segment& segment) {
+    const auto index = static_cast<size_t>(segment.request);
+    Book& book = books_[index];
+    const int32_t dropped = engine_.strategy().PromptEvictions(
+        ShapeOf(RequestAt(index)), segment.start_position + segment.rows);
+    book.evicted = std::max<int64_t>(book.evicted, dropped);
+    book.engaged |= dropped > 0;
   }
 
   void Sample(const Begun& step, int64_t end_ns) {

@@ -268,8 +268,11 @@ class CacheStrategy {
   // ([L], attended entries). Its request may have been released, and the next step begun.
   virtual DecodeCounts CollectDecode(const StepView& step, size_t index,
                                      std::span<double> attended_by_layer) = 0;
-  // Tokens that the end of a prompt of this shape drops.
-  virtual int32_t PromptEvictions(const RequestShape& /*shape*/) const { return 0; }
+  // Tokens that a request of this shape has dropped once its first `tokens` tokens were computed as
+  // a prompt: those of its own prompt, or more where it began anew after a preemption.
+  virtual int32_t PromptEvictions(const RequestShape& /*shape*/, int32_t /*tokens*/) const {
+    return 0;
+  }
 
   // Bytes that a decode step of the mean batch reads and writes on the device, at least, to decide
   // which entries stay or are read: beyond weights and attended entries.

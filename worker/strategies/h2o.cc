@@ -543,8 +543,8 @@ DecodeCounts H2oStrategy::CollectDecode(const StepView& step, size_t index,
   return counts;
 }
 
-int32_t H2oStrategy::PromptEvictions(const RequestShape& shape) const {
-  return std::max(0, shape.prompt_tokens - TokenBudget(shape));
+int32_t H2oStrategy::PromptEvictions(const RequestShape& shape, int32_t tokens) const {
+  return std::max(0, tokens - TokenBudget(shape));
 }
 
 int32_t H2oStrategy::TokenBudget(const RequestShape& shape) const {

@@ -56,7 +56,7 @@ class H2oStrategy : public CacheStrategy {
   void BeginMeasurement() override;
   DecodeCounts CollectDecode(const StepView& step, size_t index,
                              std::span<double> attended_by_layer) override;
-  int32_t PromptEvictions(const RequestShape& shape) const override;
+  int32_t PromptEvictions(const RequestShape& shape, int32_t tokens) const override;
   int32_t declared_full_layers() const override { return full_layers(); }
   // Probabilities and scores, each written and read, of all entries that have scores.
   double SelectionBytes(const MeanBatch& batch) const override;

@@ -64,7 +64,7 @@ class InfinigenStrategy : public CacheStrategy {
   void BeginMeasurement() override;
   DecodeCounts CollectDecode(const StepView& step, size_t index,
                              std::span<double> attended_by_layer) override;
-  int32_t PromptEvictions(const RequestShape& shape) const override;
+  int32_t PromptEvictions(const RequestShape& shape, int32_t tokens) const override;
   int32_t declared_full_layers() const override {
     return static_cast<int32_t>(layout().parameters.n_full_layers());
   }

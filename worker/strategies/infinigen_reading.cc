@@ -56,14 +56,13 @@ DecodeCounts InfinigenStrategy::CollectDecode(const StepView& step, size_t index
   }
   counts.evicted = decoded.evicts ? 1 : 0;
   // Full offload is there to bring everything.
-  counts.engaged = layout().fetches_all()
-                       ? counts.fetched > 0
-                       : selected_of_all < held * layout().speculating_layers();
+  counts.engaged = layout().fetches_all() ? counts.fetched > 0
+                                          : selected_of_all < held * layout().speculating_layers();
   return counts;
 }
 
-int32_t InfinigenStrategy::PromptEvictions(const RequestShape& shape) const {
-  return shape.prompt_tokens - layout().SlotsOf(shape.prompt_tokens, shape);
+int32_t InfinigenStrategy::PromptEvictions(const RequestShape& shape, int32_t tokens) const {
+  return tokens - layout().SlotsOf(tokens, shape);
 }
 
 int32_t InfinigenStrategy::TokenBudget(const RequestShape& shape) const {

@@ -213,8 +213,8 @@ DecodeCounts StreamingLlmStrategy::CollectDecode(const StepView& step, size_t in
   return {.attended = attended * context_.shape.layers, .evicted = evicts, .engaged = evicts};
 }
 
-int32_t StreamingLlmStrategy::PromptEvictions(const RequestShape& shape) const {
-  return std::max(0, shape.prompt_tokens - TokenBudget(shape));
+int32_t StreamingLlmStrategy::PromptEvictions(const RequestShape& shape, int32_t tokens) const {
+  return std::max(0, tokens - TokenBudget(shape));
 }
 
 int32_t StreamingLlmStrategy::TokenBudget(const RequestShape& shape) const {

@@ -40,7 +40,7 @@ class StreamingLlmStrategy : public CacheStrategy {
   void EndStep(const StepView& /*step*/) override {}
   DecodeCounts CollectDecode(const StepView& step, size_t index,
                              std::span<double> attended_by_layer) override;
-  int32_t PromptEvictions(const RequestShape& shape) const override;
+  int32_t PromptEvictions(const RequestShape& shape, int32_t tokens) const override;
   int32_t TokenBudget(const RequestShape& shape) const override;
   EngagementRule engagement_rule() const override;
   bool EngagementExpected(const RequestShape& shape, int32_t tokens) const override;

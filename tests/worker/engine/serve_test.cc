@@ -165,6 +165,26 @@ TEST_F(ServeTest, EvictionShowsInTheRows) {
   EXPECT_LT(served.result.attended_by_layer[0], served.result.decode_tokens);
 }
 
+// What a recompute drops again was lost before: the rows are those of ample memory.
+TEST_F(ServeTest, ATokenIsEvictedOnceHoweverOftenItIsComputed) {
+  const std::vector<ServeRequest> requests = Requests(60, 0, 3);
+  constexpr int32_t kBudget = 64;
+  Arm arm = H2oArm(0.5, 0.5, BUDGET_BASE_FIXED, kBudget);
+  arm.mutable_h2o()->set_preemption(H2o::PREEMPTION_RECOMPUTE);
+  EngineOptions options = Options(448 << 10);
+  options.max_sequences = 12;
+  const Served scarce = Serve(arm, options, requests);
+  ASSERT_EQ(scarce.result.completed, 60);
+  int evicted_and_preempted = 0;
+  for (const RequestRow& row : scarce.rows) {
+    // The last token is never stored.
+    const int64_t stored = int64_t{row.prompt_tokens()} + row.output_tokens() - 1;
+    EXPECT_EQ(row.tokens_evicted(), std::max<int64_t>(0, stored - kBudget)) << row.DebugString();
+    evicted_and_preempted += row.preemptions() > 0 && row.tokens_evicted() > 0;
+  }
+  EXPECT_GT(evicted_and_preempted, 0);
+}
+
 TEST_F(ServeTest, ClosedLoopKeepsItsConcurrency) {
   std::vector<ServeRequest> requests = Requests(12, 0, 5);
   for (size_t i = 0; i < requests.size(); ++i) {

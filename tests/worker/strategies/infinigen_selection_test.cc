@@ -315,7 +315,7 @@ TEST(InfinigenPoolTest, NeverHoldsMoreThanItsCapacity) {
         }
       }
       EXPECT_EQ(evicted, ratio < 1 ? limit - 1 - std::max(75, capacity) : 0);
-      EXPECT_EQ(lab.strategy().PromptEvictions({75, 75}), std::max(0, 75 - capacity));
+      EXPECT_EQ(lab.strategy().PromptEvictions({75, 75}, 75), std::max(0, 75 - capacity));
     }
   }
 }

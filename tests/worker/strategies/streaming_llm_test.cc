@@ -156,7 +156,7 @@ TEST(StreamingLlmTest, RatiosAreTheTokensOfEveryOtherArm) {
   ASSERT_TRUE(harness.status().ok());
   EXPECT_EQ(harness.strategy().TokenBudget({500, 139}), 126);
   EXPECT_EQ(harness.strategy().TokenBudget({500, 140}), 128);
-  EXPECT_EQ(harness.strategy().PromptEvictions({500, 140}), 372);
+  EXPECT_EQ(harness.strategy().PromptEvictions({500, 140}, 500), 372);
   EXPECT_TRUE(harness.strategy().EngagementExpected({500, 140}, 130));
   EXPECT_FALSE(harness.strategy().EngagementExpected({500, 140}, 129)) << "128 are stored";
   EXPECT_FALSE(harness.strategy().EngagementExpected({100, 540}, 128));
