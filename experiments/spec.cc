@@ -8,6 +8,7 @@
 #include <set>
 #include <type_traits>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -350,12 +351,20 @@ void CheckSweep(const Experiment& experiment, ProblemList* problems) {
   }
 }
 
+// Whether `arm` has a value of its own for `path`, "kv.device_bytes" or the like: fixed or as an
+// axis.
+bool SetsItself(const Arm& arm, absl::string_view path) {
+  if (!absl::ConsumePrefix(&path, "kv.")) return false;
+  const auto* field = Kv::descriptor()->FindFieldByName(std::string(path));
+  return (field != nullptr && arm.kv().GetReflection()->HasField(arm.kv(), field)) ||
+         absl::c_any_of(arm.grid(),
+                        [&](const Axis& axis) { return axis.path() == absl::StrCat("kv.", path); });
+}
+
 // What an arm sets for itself cannot be varied from outside.
 void CheckArmAxes(const Experiment& experiment, const Arm& arm, const std::string& path,
                   ProblemList* problems) {
-  std::set<std::string> own;
   for (const Axis& axis : arm.grid()) {
-    own.insert(axis.path());
     if (absl::StartsWith(axis.path(), "kv.") ||
         absl::StartsWith(axis.path(), absl::StrCat(arm.strategy(), "."))) {
       continue;
@@ -366,9 +375,7 @@ void CheckArmAxes(const Experiment& experiment, const Arm& arm, const std::strin
   }
   for (const auto& [axis, group] : SweepAxes(experiment.sweep())) {
     if (!absl::StartsWith(axis.path(), "kv.")) continue;
-    const auto* field = Kv::descriptor()->FindFieldByName(axis.path().substr(3));
-    const bool set = field != nullptr && arm.kv().GetReflection()->HasField(arm.kv(), field);
-    if (!set && !own.contains(axis.path())) continue;
+    if (!SetsItself(arm, axis.path())) continue;
     Reporter(path, problems)
         .Add(axis.path(), "overrides what the sweep varies, so that its cells would be equal",
              "remove one of the two");
@@ -433,6 +440,25 @@ void CheckReference(const Experiment& experiment, ProblemList* problems) {
 
 // ------------------------------------------------------------------------------------ loading
 
+// An override must take effect: nobody looks at a spec for why it did not.
+absl::Status CheckOverrideReaches(const std::string& path, const Experiment& experiment) {
+  for (const auto& [axis, group] : SweepAxes(experiment.sweep())) {
+    if (axis.path() != path) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "override: ", path, ": has no effect, since the sweep varies it; edit the sweep"));
+  }
+  std::vector<std::string> names;
+  for (const Arm& arm : experiment.arms()) {
+    if (!SetsItself(arm, path)) return absl::OkStatus();
+    names.push_back(arm.name());
+  }
+  if (names.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("override: ", path, ": has no effect, since every arm has a value of its own (",
+                   absl::StrJoin(names, ", "), "); edit arms[].", path,
+                   " in the spec, or remove it there and override it here"));
+}
+
 absl::Status ApplyOverrides(const std::vector<std::string>& overrides, Experiment* experiment) {
   for (const std::string& text : overrides) {
     const std::pair<std::string, std::string> parts = absl::StrSplit(text, absl::MaxSplits('=', 1));
@@ -441,11 +467,7 @@ absl::Status ApplyOverrides(const std::vector<std::string>& overrides, Experimen
           absl::StrCat("override \"", text, "\": write path=value, such as kv.device_bytes=12MiB"));
     }
     RETURN_IF_ERROR(Annotate(SetField(experiment, parts.first, parts.second), "override"));
-    for (const auto& [axis, group] : SweepAxes(experiment->sweep())) {
-      if (axis.path() != parts.first) continue;
-      return absl::InvalidArgumentError(absl::StrCat(
-          "override: ", parts.first, ": has no effect, since the sweep varies it; edit the sweep"));
-    }
+    RETURN_IF_ERROR(CheckOverrideReaches(parts.first, *experiment));
   }
   return absl::OkStatus();
 }

@@ -88,6 +88,33 @@ TEST(SpecOverrides, SetFieldsAndRefuseWhatHasNoEffect) {
   EXPECT_THAT(message("slo.ttft=500"), HasSubstr("override: slo.ttft: value \"500\""));
 }
 
+TEST(SpecOverrides, OneThatEveryArmOverridesItselfIsRefused) {
+  const auto said = [](absl::string_view second_arm, const char* text) {
+    const std::string spec = absl::StrCat(R"(schema_version: 1
+name: own
+model: {shape: opt-125m, weights: random}
+load: {arrivals: {process: burst, requests: 4}, lengths: {input: 32, output: 8}}
+kv: {device_bytes: 1MiB}
+regime: kv_fits
+arms:
+  - {name: small, strategy: paged, kv: {device_bytes: 4MiB}}
+)",
+                                          "  - ", second_arm, "\n");
+    return std::string(ParseExperiment(spec, "own.yaml", {.overrides = {text}}).status().message());
+  };
+  constexpr char kOwn[] = "{name: large, strategy: paged, kv: {device_bytes: 8MiB}}";
+  constexpr char kGrid[] = "{name: large, strategy: paged, grid: {kv.device_bytes: [8MiB, 9MiB]}}";
+  constexpr char kShared[] = "{name: large, strategy: paged}";
+  constexpr char kRefusal[] =
+      "override: kv.device_bytes: has no effect, since every arm has a value of its own (small, "
+      "large); edit arms[].kv.device_bytes in the spec, or remove it there and override it here";
+  EXPECT_EQ(said(kOwn, "kv.device_bytes=6MiB"), kRefusal);
+  EXPECT_EQ(said(kGrid, "kv.device_bytes=6MiB"), kRefusal);
+  EXPECT_EQ(said(kShared, "kv.device_bytes=6MiB"), "") << "one arm takes it";
+  EXPECT_EQ(said(kOwn, "kv.host_bytes=1GiB"), "");
+  EXPECT_EQ(said(kOwn, "repeats=1"), "");
+}
+
 TEST(SpecLoad, MissingSpecIsNotFound) {
   EXPECT_EQ(LoadExperiment("no/such.yaml", {}).status().code(), absl::StatusCode::kNotFound);
 }
