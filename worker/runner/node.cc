@@ -1,5 +1,12 @@
 #include "worker/runner/node.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <system_error>
 #include <utility>
@@ -10,6 +17,7 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "base/text.h"
 #include "base/version.h"
 
 namespace kvsweep {
@@ -37,6 +45,48 @@ void KeepPreflight(const std::string& cache, const std::string& path, const Pref
   if (!status.ok()) LogWarning("the preflight is not kept: ", status.message());
 }
 
+// The right to measure, for as long as it lives: a lock of the host that goes with its process.
+class PreflightTurn {
+ public:
+  // Waits for whoever measures. Without a lock at the end of `patience_ns`, or where the file
+  // cannot be had, the turn is taken all the same: a disturbed preflight is better than none.
+  PreflightTurn(const std::string& path, int64_t patience_ns) {
+    // Another user's file in a shared folder may be opened, but not with O_CREAT.
+    descriptor_ = open(path.c_str(), kHow);
+    if (descriptor_ < 0) {
+      descriptor_ = open(path.c_str(), kHow | O_CREAT, 0644);
+      if (descriptor_ >= 0) fchmod(descriptor_, 0644);  // for other users, whatever the umask
+    }
+    if (descriptor_ < 0) {
+      LogWarning("preflight: ", path, " cannot be opened: ", std::strerror(errno),
+                 "; another runner may measure at the same time");
+      return;
+    }
+    Clock& clock = RealClock::Get();
+    const int64_t until_ns = clock.NowNs() + patience_ns;
+    while (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
+      if (clock.NowNs() >= until_ns) {
+        LogWarning("preflight: ", path, " was held by another runner for ",
+                   FormatDurationNs(patience_ns), "; measuring beside it");
+        return;
+      }
+      clock.SleepUntilNs(clock.NowNs() + kLookNs);
+    }
+  }
+  PreflightTurn(const PreflightTurn&) = delete;
+  PreflightTurn& operator=(const PreflightTurn&) = delete;
+  ~PreflightTurn() {
+    if (descriptor_ >= 0) close(descriptor_);
+  }
+
+ private:
+  // What else may lie at a path that anybody can write must neither be followed nor hold us up.
+  static constexpr int kHow = O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
+  static constexpr int64_t kLookNs = 50 * kNsPerMs;
+
+  int descriptor_;
+};
+
 }  // namespace
 
 void Node::Update(const BackendInfo& info) {
@@ -47,6 +97,7 @@ void Node::Update(const BackendInfo& info) {
   const std::string path = PreflightPath(options_.cache, subject);
   if (!options_.cache.empty()) preflight_ = FindPreflight(path, subject);
   if (preflight_) return;
+  const PreflightTurn turn(options_.lock, options_.lock_patience_ns);
   absl::StatusOr<Preflight> measured = MeasurePreflight(info);
   preflight_status_ = measured.status();
   if (!measured.ok()) {

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "base/clock.h"
 #include "kernels/backend.h"
 #include "worker/telemetry/nvml.h"
 #include "worker/telemetry/preflight.h"
@@ -20,6 +21,10 @@ namespace kvsweep {
 
 struct NodeOptions {
   std::string cache;  // folder where the preflight is kept between starts; empty: it is not
+  // File that every runner of the host locks while it measures: preflights share the host's memory
+  // and links, and would measure each other. The same whatever worker or cache it belongs to.
+  std::string lock = "/tmp/kvsweep-preflight.lock";
+  int64_t lock_patience_ns = 60 * kNsPerSecond;  // then it measures beside the others, and warns
   // A backend of its own for the preflight: what it takes goes back to the driver.
   std::function<absl::StatusOr<std::unique_ptr<Backend>>()> make_backend;
   std::function<absl::StatusOr<std::vector<double>>()> read_device;  // LimitsOptions
@@ -31,8 +36,8 @@ class Node {
   explicit Node(NodeOptions options) : options_(std::move(options)) {}
 
   // To be called at start and between trials, with the backend's description: opens NVML, and takes
-  // the preflight from the cache or measures it (some seconds) where there is none, or the last is
-  // kPreflightAgeNs old. What cannot be had is told by Facts.
+  // the preflight from the cache or measures it (some seconds, one runner of the host at a time)
+  // where there is none, or the last is kPreflightAgeNs old. What cannot be had is told by Facts.
   void Update(const BackendInfo& info);
 
   // nullptr: none.
