@@ -46,10 +46,14 @@ int Run(const Flags& flags) {
 void AddSpecCommand(CLI::App& app, int* exit_code) {
   CLI::App* command = AddCommand(app, "spec", kSummary, kMore);
   auto flags = std::make_shared<Flags>();
+  // Said in our own words: the library would list them in the order of their addresses.
   CLI::Option* schema =
-      command->add_flag("--json-schema", flags->json_schema, "As JSON Schema (draft 2020-12)");
-  CLI::Option* markdown = command->add_flag("--markdown", flags->markdown, "As Markdown");
+      command->add_flag("--json-schema", flags->json_schema, "As JSON Schema (draft 2020-12)")
+          ->option_text("Excludes: --markdown --metrics");
+  CLI::Option* markdown = command->add_flag("--markdown", flags->markdown, "As Markdown")
+                              ->option_text("Excludes: --json-schema --metrics");
   command->add_flag("--metrics", flags->metrics, "The metrics of a trial instead: unit and formula")
+      ->option_text("Excludes: --json-schema --markdown")
       ->excludes(schema)
       ->excludes(markdown);
   schema->excludes(markdown);
