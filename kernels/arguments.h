@@ -68,6 +68,13 @@ struct SiluGateArgs {
   int32_t columns = 0;  // F
 };
 
+// A product and the gate of its outputs; product.out is room between the two that need not be
+// written.
+struct GatedGemmArgs {
+  GemmArgs product;
+  Activations gated;  // [T, N/2] = silu(outputs[:, :N/2]) * outputs[:, N/2:]
+};
+
 // Rotary embedding in place, rotate-half order: columns (j, j + d/2) of a head turn by position *
 // inverse_frequency[j]. The table carries whatever scaling the model asks for.
 struct RotaryArgs {

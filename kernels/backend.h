@@ -161,6 +161,15 @@ class Backend {
   virtual void Norm(const NormArgs& args, Stream stream) = 0;
   virtual void Gemm(const GemmArgs& args, Stream stream) = 0;
   virtual void SiluGate(const SiluGateArgs& args, Stream stream) = 0;
+  // Gemm and SiluGate in turn, unless a backend does them in one.
+  virtual void GatedGemm(const GatedGemmArgs& args, Stream stream) {
+    Gemm(args.product, stream);
+    SiluGate({.out = args.gated,
+              .in = args.product.out,
+              .rows = args.product.rows,
+              .columns = args.product.out_columns / 2},
+             stream);
+  }
   virtual void Rotary(const RotaryArgs& args, Stream stream) = 0;
   virtual void TakeRows(const TakeRowsArgs& args, Stream stream) = 0;
   virtual void Argmax(const ArgmaxArgs& args, Stream stream) = 0;

@@ -100,6 +100,7 @@ class CudaBackend : public Backend {
   void Copy(void* target, const void* source, uint64_t bytes, Stream stream) override;
   void Zero(void* target, uint64_t bytes, Stream stream) override;
   void Gemm(const GemmArgs& args, Stream stream) override;
+  void GatedGemm(const GatedGemmArgs& args, Stream stream) override;
 
   void FillNormal(const FillNormalArgs& args, Stream stream) override { Run(args, stream); }
   void Embed(const EmbedArgs& args, Stream stream) override { Run(args, stream); }
@@ -431,6 +432,17 @@ void CudaBackend::Gemm(const GemmArgs& args, Stream stream) {
                    : cuda::LaunchGeneralProduct(args, context);
   }
   Note(error, "Gemm");
+}
+
+// In one not where a row's result must not depend on the rows beside it: of many rows it would be
+// computed otherwise.
+void CudaBackend::GatedGemm(const GatedGemmArgs& args, Stream stream) {
+  const bool in_one = !options_.batch_invariant && args.product.rows > 0 &&
+                      cuda::CanGate(args, context_[static_cast<int>(stream)]);
+  if (!in_one) return Backend::GatedGemm(args, stream);
+  cpu::CheckArguments(args.product);
+  const Scope scope(*this, "GatedGemm", stream);
+  Note(cuda::Launch(args, ReadyKernel(stream)), "GatedGemm");
 }
 
 void CudaBackend::CountLink(Link link, uint64_t bytes) {

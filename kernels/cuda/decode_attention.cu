@@ -3,15 +3,17 @@
 // way into shared memory, and all query heads of a group work on a tile as one tensor-core product
 // (with fewer than eight heads most of it is idle, and it costs nothing that anybody waits for).
 //
-// A (row, KV head) is cut into splits of plan.split_tokens tokens, one block each; the block that
-// arrives last joins the partial results in the order of the splits, so no result depends on who
-// that was.
+// A (row, KV head) is cut into splits of plan.split_tokens tokens, one block each. A few are a
+// cluster, whose blocks read each other's sums; of more the block that arrives last joins the sums
+// that the others have left in memory. Either joins in the order of the splits, so no result
+// depends on who came when.
 //
 // Stored keys and values were written by earlier steps, or by what an ordinary launch waits for:
 // the first tiles are asked for before the kernel ahead, which turns this step's keys, has ended.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -26,6 +28,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kTile = 16;  // tokens that a warp loads and multiplies at once
 constexpr int kMostSplits = 512;
 constexpr int kHeads = 8;  // query heads of a group that one block takes
+constexpr int kMostClusterBlocks = 16;
 // Workspace of an attention whose rows are split.
 struct Splits {
   float* output;       // [pairs, splits, g, d]
@@ -48,7 +51,7 @@ struct Part {
   int32_t end;
 };
 
-// Stored tokens of an active row, whatever part of them a call attends to.
+// Stored tokens of a row, whatever part of them a call attends to.
 __device__ __forceinline__ int32_t WholeLength(const KvView& view, int64_t row, int32_t kv_head) {
   if (view.length == nullptr) return 0;
   return view.length[row * view.length_stride + kv_head * view.length_head_stride];
@@ -61,9 +64,12 @@ __device__ __forceinline__ Part FindPart(const DecodeAttentionArgs& args, int32_
   part.pair = blockIdx.x / args.plan.splits;
   part.head = part.pair % heads;
   part.row = part.pair / heads;
+  // All asked for before any is used: a block's start is trips to memory in turn.
   const bool active = IsActive(args.row_active, part.row);
-  part.stored = active ? KvLength(args.view, part.row, part.head / group) : 0;
-  part.whole = active ? WholeLength(args.view, part.row, part.head / group) : 0;
+  const int32_t stored = KvLength(args.view, part.row, part.head / group);
+  const int32_t whole = WholeLength(args.view, part.row, part.head / group);
+  part.stored = active ? stored : 0;
+  part.whole = active ? whole : 0;
   part.attended = part.stored + (active && args.current_key.data != nullptr ? 1 : 0);
   if (args.plan.splits == 1) {
     part.used = 1;
@@ -119,12 +125,16 @@ struct Scores {
   Softmax* left_to;  // [rows, Hq]; nullptr: turned at once
   int32_t query_heads;
 
+  // Leaves the sums to that kernel, if there is one.
+  __device__ __forceinline__ void LeaveSums(const Part& part, int32_t head, Softmax softmax) const {
+    if (left_to != nullptr) left_to[part.row * query_heads + head] = softmax;
+  }
   // By all threads of the block.
   __device__ __forceinline__ void Finish(const Part& part, int32_t head, Softmax softmax) const {
     if (probability == nullptr) return;
     const int64_t index = part.row * query_heads + head;
     if (left_to != nullptr) {
-      if (threadIdx.x == 0) left_to[index] = softmax;
+      if (threadIdx.x == 0) LeaveSums(part, head, softmax);
       return;
     }
     Normalise(probability + index * stride, 0, kThreads, part.whole + part.attended - part.stored,
@@ -207,6 +217,53 @@ __device__ __forceinline__ void JoinSplits(const Splits& splits, const Part& par
   }
 }
 
+// What a block of a cluster lets the others read.
+struct ClusterSums {
+  float* output;     // [g, d]
+  Softmax* softmax;  // [g]
+};
+
+// Joins the splits of a cluster's blocks, in order; each block that has one takes some heads, each
+// warp one at a time. Between two meetings of the cluster.
+__device__ __forceinline__ void JoinCluster(const Team& team, const ClusterSums& sums,
+                                            const Part& part, int32_t group, int32_t head_dim,
+                                            const AttentionResult& result, const Scores& scores) {
+  const int lane = threadIdx.x % 32;
+  for (int q = part.split + part.used * (static_cast<int>(threadIdx.x) / 32); q < group;
+       q += part.used * kWarps) {
+    const int32_t head = part.head * group + q;
+    const Softmax mine = lane < part.used ? team.Of(sums.softmax[q], lane) : Softmax{};
+    const float highest = WarpMax(mine.maximum);
+    const float factor = mine.sum == 0.0f ? 0.0f : exp2f(mine.maximum - highest);
+    const Softmax softmax{highest, WarpSum(mine.sum * factor)};
+    Softmax merged = softmax;
+    for (int first = 0; first < head_dim; first += 128) {
+      const int i = first + lane * 4;
+      float4 value = {};
+#pragma unroll 8
+      for (int s = 0; s < part.used; ++s) {
+        const float share = __shfl_sync(~0u, factor, s);
+        if (i >= head_dim) continue;
+        const float4 piece =
+            team.Of(*reinterpret_cast<const float4*>(sums.output + q * head_dim + i), s);
+        value.x += piece.x * share;
+        value.y += piece.y * share;
+        value.z += piece.z * share;
+        value.w += piece.w * share;
+      }
+      if (i >= head_dim) continue;
+      const float element[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) merged = result.Write(part.row, head, i + c, element[c], softmax);
+    }
+    __syncwarp();
+    if (lane == 0) {
+      result.WriteSums(part.row, head, merged);
+      scores.LeaveSums(part, head, merged);
+    }
+  }
+}
+
 // In shared memory the 16-byte chunks of a row stand exchanged, so that eight rows of a column lie
 // in different banks: where chunk `chunk` of row `row` is in its row, bytes. Padded rows would do
 // that too, but a line of 128 bytes would land across two of them, and L1 asks the L2 cache for
@@ -228,7 +285,6 @@ struct TileLoader {
   uint32_t target;    // of this lane's first row in stage 0
   int column_bytes;   // of this lane in that row, exchanged
   bool whole_blocks;  // a tile never straddles blocks
-  int64_t next = 0;   // of the tile to be issued next: offset of its block (whole_blocks)
 
   __device__ __forceinline__ TileLoader(const DecodeAttentionArgs& args, const Part& part,
                                         const T* stage)
@@ -242,7 +298,7 @@ struct TileLoader {
     target = SharedAddress(stage + row_of_lane * D);
     column_bytes = Exchanged(lane % kChunks, row_of_lane);
     const bool tiled = args.view.block_table == nullptr || args.view.block_size % kTile == 0;
-    whole_blocks = tiled && part.begin % kTile == 0;
+    whole_blocks = tiled && args.plan.split_tokens % kTile == 0;
   }
 
   __device__ __forceinline__ int64_t BlockOffset(int32_t token) const {
@@ -252,13 +308,17 @@ struct TileLoader {
                            : args.view.block_table[part.row * args.view.block_table_stride + block];
     return id * args.view.block_stride;
   }
-  __device__ __forceinline__ void LookUp(int32_t first) {
-    if (whole_blocks && first < part.stored) next = BlockOffset(first);
+  // Of the tile at `first`: the offset of its block, or anything where that is no stored token. It
+  // is asked for before it is known how many there are.
+  __device__ __forceinline__ int64_t LookUp(int32_t first) const {
+    const bool has_entry = args.view.block_table == nullptr ||
+                           first / args.view.block_size < args.view.block_table_stride;
+    return whole_blocks && has_entry ? BlockOffset(first) : 0;
   }
 
-  // Starts the copies of tokens first .. first + 15 into the stage that begins `offset` bytes
-  // behind stage 0; what lies past the end becomes zero.
-  __device__ __forceinline__ void Issue(int32_t first, uint32_t offset) {
+  // Starts the copies of tokens first .. first + 15, which LookUp found at `block`, into the stage
+  // that begins `offset` bytes behind stage 0; what lies past the end becomes zero.
+  __device__ __forceinline__ void Issue(int32_t first, int64_t block, uint32_t offset) const {
     const uint32_t key_target = target + offset;
     constexpr uint32_t kValues = kTile * D * sizeof(T);
     constexpr uint32_t kStep = kRows * D * sizeof(T);
@@ -268,7 +328,7 @@ struct TileLoader {
     };
     const int64_t stride = args.view.token_stride;
     if (whole_blocks && first + kTile <= part.stored) {
-      const int64_t at = next + (first % args.view.block_size + row_of_lane) * stride;
+      const int64_t at = block + (first % args.view.block_size + row_of_lane) * stride;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         CopyAsync(place(s), key + at + s * kRows * stride);
@@ -310,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     DecodeAttentionKernel(const __grid_constant__ DecodeAttentionArgs args,
                           const __grid_constant__ Splits splits,
                           const __grid_constant__ AttentionResult result,
-                          const __grid_constant__ Scores scores) {
+                          const __grid_constant__ Scores scores, bool clustered) {
   constexpr int kStageElements = 2 * kTile * D;  // keys, then values
   constexpr int kPipeline = kStages<T, D>;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -319,31 +379,41 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int group = args.query_heads / args.kv_heads;
   ReleaseLaterKernels();
   const Part part = FindPart(args, args.kv_heads, 1);
-  const bool needed = part.split < part.used;
-
   T* const stages = reinterpret_cast<T*>(shared) + warp * kPipeline * kStageElements;
   TileLoader<T, D> loader(args, part, stages);
-  const int32_t first_tile = part.begin + warp * kTile;
+  // Of a split that is needed, part.begin is this too.
+  const int32_t first_tile = part.split * args.plan.split_tokens + warp * kTile;
+  const auto tile = [&](int s) { return first_tile + s * kWarps * kTile; };
+  int64_t blocks[kPipeline];  // of the first tiles
+#pragma unroll
+  for (int s = 0; s < kPipeline; ++s) blocks[s] = loader.LookUp(tile(s));
   const auto issue_first = [&](int s) {
-    const int32_t first = first_tile + s * kWarps * kTile;
-    if (first < part.end) {
-      loader.Issue(first, s * kStageElements * sizeof(T));
-      loader.LookUp(first + kWarps * kTile);
-    }
+    if (tile(s) < part.end) loader.Issue(tile(s), blocks[s], s * kStageElements * sizeof(T));
     CommitCopies();
   };
+  const bool needed = part.split < part.used;
   // Of the first tiles, those without the current token.
-  int early = 0;
-  if (needed) {
-    loader.LookUp(first_tile);
-    while (early < kPipeline - 1 &&
-           min(first_tile + early * kWarps * kTile + kTile, part.end) <= part.stored) {
-      issue_first(early++);
-    }
+  bool early[kPipeline - 1];
+#pragma unroll
+  for (int s = 0; s < kPipeline - 1; ++s) {
+    early[s] = needed && min(tile(s) + kTile, part.end) <= part.stored;
+    if (early[s]) issue_first(s);
   }
   WaitForEarlierKernels();
-  if (!needed) return;
-  for (int s = early; s < kPipeline - 1; ++s) issue_first(s);
+  const bool exchanges = clustered && part.used > 1;
+  const Team team = clustered ? ClusterTeam() : Team{1, 0};
+  if (!needed) {
+    if (exchanges) {
+      team.Meet();
+      team.Meet();
+    }
+    return;
+  }
+#pragma unroll
+  for (int s = 0; s < kPipeline - 1; ++s) {
+    if (!early[s]) issue_first(s);
+  }
+  int64_t next = blocks[kPipeline - 1];
 
   // Rows of the product are the group's heads: this lane holds row lane / 4.
   uint32_t query[D / 16][2];
@@ -382,8 +452,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int32_t ahead = first + (kPipeline - 1) * kWarps * kTile;
       const int free = stage == 0 ? kPipeline - 1 : stage - 1;
       if (ahead < part.end) {
-        loader.Issue(ahead, free * kStageElements * sizeof(T));
-        loader.LookUp(ahead + kWarps * kTile);
+        loader.Issue(ahead, next, free * kStageElements * sizeof(T));
+        next = loader.LookUp(ahead + kWarps * kTile);
       }
       CommitCopies();
     }
@@ -447,6 +517,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ float warp_sum[kWarps][kHeads];
   __shared__ Softmax joined[kHeads];
   float* const warp_output = reinterpret_cast<float*>(shared);  // [kWarps, kHeads, d]
+  const ClusterSums sums{.output = warp_output + kWarps * kHeads * D, .softmax = joined};
   __syncthreads();
   if (lane / 4 < group) {
     float* const line = warp_output + (warp * kHeads + lane / 4) * D + lane % 4 * 2;
@@ -477,6 +548,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int32_t head = part.head * group + q;
       const Softmax softmax = result.Write(part.row, head, i, value, {highest, total});
       if (i == 0) joined[q] = softmax;
+    } else if (exchanges) {
+      sums.output[e] = value;
+      if (i == 0) sums.softmax[q] = {highest, total};
     } else {
       splits.output[(first_part + q) * D + i] = value;
       if (i == 0) {
@@ -484,6 +558,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         splits.sum[first_part + q] = total;
       }
     }
+  }
+  if (exchanges) {
+    team.Meet();
+    JoinCluster(team, sums, part, group, D, result, scores);
+    team.Meet();  // nobody reads this block's sums any more
+    return;
   }
   if (part.used > 1) {
     if (!ArrivesLast(splits, part)) return;
@@ -581,6 +661,12 @@ __global__ void __launch_bounds__(kThreads)
 // ----------------------------------------------------------------------------------------
 // launchers
 
+// Whether the blocks of a pair are a cluster: where each has a multiprocessor to itself. Where two
+// share one, clusters start so much later that they lose what joining gains.
+bool IsClustered(int64_t pairs, int64_t splits, int64_t multiprocessors) {
+  return splits > 1 && splits <= kMostClusterBlocks && pairs * splits <= multiprocessors;
+}
+
 template <typename T, int D>
 cudaError_t LaunchFast(const DecodeAttentionArgs& args, const Splits& splits,
                        const AttentionResult& result, const Scores& scores,
@@ -589,9 +675,16 @@ cudaError_t LaunchFast(const DecodeAttentionArgs& args, const Splits& splits,
   static const cudaError_t configured = cudaFuncSetAttribute(
       DecodeAttentionKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (configured != cudaSuccess) return configured;
+  const bool clustered =
+      context.architecture >= 90 &&
+      IsClustered(int64_t{args.rows} * args.kv_heads, args.plan.splits, context.multiprocessors);
+  static const cudaError_t allowed = cudaFuncSetAttribute(
+      DecodeAttentionKernel<T, D>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (clustered && allowed != cudaSuccess) return allowed;
   const auto blocks = static_cast<unsigned>(args.rows * args.kv_heads * args.plan.splits);
-  return LaunchDependent(context, DecodeAttentionKernel<T, D>, blocks, kThreads, kBytes, args,
-                         splits, result, scores);
+  return LaunchDependentClusters(context, DecodeAttentionKernel<T, D>, blocks, kThreads, kBytes,
+                                 clustered ? static_cast<unsigned>(args.plan.splits) : 1, args,
+                                 splits, result, scores, clustered);
 }
 
 // Whether the fast kernel takes this shape and these types.
@@ -610,7 +703,11 @@ AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
                             bool batch_invariant, int multiprocessors) {
   constexpr int32_t kInvariantTokens = 1024;
   constexpr int32_t kLeastTokens = 2 * kWarps * kTile;
-  constexpr int64_t kStartTokens = 48;  // what a block's start and end cost, in tokens of its time
+  // What a block's start and end cost, joining blocks of a cluster, and joining through memory: in
+  // tokens of a block's time where two share a multiprocessor.
+  constexpr int64_t kStartTokens = 48;
+  constexpr int64_t kClusterTokens = 24;
+  constexpr int64_t kMemoryTokens = 80;
   if (batch_invariant) {
     const int32_t splits = (max_tokens + kInvariantTokens - 1) / kInvariantTokens;
     return {.splits = std::max(splits, 1), .split_tokens = kInvariantTokens};
@@ -629,7 +726,13 @@ AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
   const int64_t most = std::clamp<int64_t>(max_tokens / kLeastTokens, 1, 256);
   for (int64_t splits = 1; splits <= most; ++splits) {
     const int64_t waves = (pairs * splits + resident - 1) / resident;
-    const int64_t cost = waves * (share(splits) + kStartTokens);
+    const int64_t joining = splits == 1                                   ? 0
+                            : IsClustered(pairs, splits, multiprocessors) ? kClusterTokens
+                                                                          : kMemoryTokens;
+    // A block alone on a multiprocessor reads 1.6 times as fast as each of two.
+    const int64_t reading =
+        pairs * splits <= multiprocessors ? share(splits) * 5 / 8 : share(splits);
+    const int64_t cost = waves * (reading + kStartTokens) + joining;
     if (cost < best_cost) {
       best = splits;
       best_cost = cost;

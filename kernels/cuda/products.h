@@ -34,6 +34,9 @@ cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& conte
 inline constexpr int32_t kHopperSkinnyRows = 32;
 bool HasHopperSkinnyProduct();
 cudaError_t LaunchHopperSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
+// The same kernel with the gate in it: whether it takes these arguments, and that one pass.
+bool CanGate(const GatedGemmArgs& args, const LaunchContext& context);
+cudaError_t Launch(const GatedGemmArgs& args, const LaunchContext& context);
 
 // The end of a product whose `sums` [T, N] (rows sums_stride apart, 16-byte aligned) are there:
 // out = activation(sums + bias), added to what out holds if accumulate.

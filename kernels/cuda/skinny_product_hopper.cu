@@ -10,6 +10,9 @@
 //
 // The columns of a warp are taken in another order, the same for weights and activations, in which
 // a thread's fragments are contiguous.
+//
+// A gate of the outputs may be part of the product: a group is then a tile of gates and the tile of
+// what they let pass.
 #include <algorithm>
 
 #include "kernels/cuda/bulk_copy.cuh"
@@ -48,10 +51,11 @@ struct SkinnyMaps {
   CUtensorMap in;      // [T, K], boxes of T rows
 };
 
-// kTokenTiles tiles of 8 rows of activations.
-template <int kTokenTiles>
+// kTokenTiles tiles of 8 rows of activations. kGated: `gated` [T, N / 2] takes the output's place.
+template <int kTokenTiles, bool kGated>
 __global__ void __launch_bounds__(kThreads, 1)
     HopperSkinnyProductKernel(const __grid_constant__ GemmArgs args,
+                              const __grid_constant__ Activations gated,
                               const __grid_constant__ SkinnyMaps maps, int tiles, int stages) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
@@ -60,6 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kElements = kSums * kWarp;              // of a group
   const int unit_bytes = kWeightBytes + args.rows * kUnitRowBytes;
   float* const joined = reinterpret_cast<float*>(shared + stages * unit_bytes);
+  const int gates = args.out_columns / 2;  // if kGated
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const uint32_t full = SharedAddress(barriers);
@@ -73,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     PublishBarriers();
   }
   __syncthreads();
-  constexpr int kLeastTiles = kTokenTiles <= 2 ? 1 : kGroupTiles;
+  constexpr int kLeastTiles = kTokenTiles <= 2 && !kGated ? 1 : kGroupTiles;
   const int64_t shares = (tiles + kLeastTiles - 1) / kLeastTiles;
   const auto first_tile = static_cast<int>(shares * blockIdx.x / gridDim.x) * kLeastTiles;
   const int end_tile =
@@ -95,6 +100,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint64_t policy = ReadOncePolicy();
     const auto copy_weights = [&](int stage) {
       const uint32_t barrier = full + stage * 8;
+      if constexpr (kGated) {
+        ArriveExpecting(barrier, unit_bytes);
+        for (int half = 0; half < kGroupTiles; ++half) {
+          CopyMatrixBox(SharedAddress(shared) + stage * unit_bytes + half * kTileBytes, maps.tile,
+                        barrier, column, tile / kGroupTiles * kTileOutputs + half * gates, policy);
+        }
+        return;
+      }
       const bool whole = tile + kGroupTiles <= end_tile;
       ArriveExpecting(barrier, unit_bytes - (whole ? 0 : kTileBytes));
       CopyMatrixBox(SharedAddress(shared) + stage * unit_bytes, whole ? maps.weight : maps.tile,
@@ -178,23 +191,43 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kSums; ++i) mine[i * kWarp] = (&sum[0][0][0])[i];
     MeetWarps(1, kWarps * kWarp);
-    for (int i = warp; i < kSums; i += kWarps) {
-      const int in_group = i / (4 * kTokenTiles);
-      const int row = i / 4 % kTokenTiles * 8 + lane % 4 * 2 + i % 2;
-      const int output = (tile + in_group) * kTileOutputs + i % 4 / 2 * 8 + lane / 4;
-      if (in_group >= group_tiles || row >= args.rows || output >= args.out_columns) continue;
+    const auto total_of = [&](int i) {
       float total = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) total += joined[w * kElements + i * kWarp + lane];
-      StoreSum(args, row, output, total, args.bias == nullptr ? 0.0f : args.bias[output]);
+      return total;
+    };
+    // Of a gated group the second tile's sums are used beside the first one's.
+    constexpr int kEnds = kGated ? kSums / kGroupTiles : kSums;
+    for (int i = warp; i < kEnds; i += kWarps) {
+      const int in_group = i / (4 * kTokenTiles);
+      const int row = i / 4 % kTokenTiles * 8 + lane % 4 * 2 + i % 2;
+      const int in_tile = i % 4 / 2 * 8 + lane / 4;
+      if (row >= args.rows) continue;
+      if constexpr (kGated) {
+        const int column = tile / kGroupTiles * kTileOutputs + in_tile;
+        float gate = total_of(i);
+        float passed = total_of(i + kEnds);
+        if (args.bias != nullptr) {
+          gate += args.bias[column];
+          passed += args.bias[gates + column];
+        }
+        static_cast<__nv_bfloat16*>(gated.data)[row * gated.stride + column] =
+            __float2bfloat16(gate / (1.0f + expf(-gate)) * passed);
+      } else {
+        const int output = (tile + in_group) * kTileOutputs + in_tile;
+        if (in_group >= group_tiles || output >= args.out_columns) continue;
+        StoreSum(args, row, output, total_of(i), args.bias == nullptr ? 0.0f : args.bias[output]);
+      }
     }
     MeetWarps(1, kWarps * kWarp);
   }
 #endif
 }
 
-template <int kTokenTiles>
-cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
+template <int kTokenTiles, bool kGated>
+cudaError_t LaunchTiles(const GemmArgs& args, const Activations& gated,
+                        const LaunchContext& context) {
   SkinnyMaps maps;
   MatrixShape weight{.data = args.weight,
                      .rows = args.out_columns,
@@ -217,7 +250,7 @@ cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
   if (error != cudaSuccess) return error;
   const int unit_bytes = kWeightBytes + args.rows * kUnitRowBytes;
   const int stages = kRingBytes<kTokenTiles> / unit_bytes;
-  const auto kernel = HopperSkinnyProductKernel<kTokenTiles>;
+  const auto kernel = HopperSkinnyProductKernel<kTokenTiles, kGated>;
   // Once, and for all row counts: two launches of one capture must not set it for each other.
   constexpr int kMostBytes = kRingBytes<kTokenTiles> + kJoinedBytes<kTokenTiles>;
   static const cudaError_t configured =
@@ -227,20 +260,36 @@ cudaError_t LaunchTiles(const GemmArgs& args, const LaunchContext& context) {
   const auto tiles = static_cast<int>(DivideUp(args.out_columns, kTileOutputs));
   const int blocks = std::min(context.multiprocessors, tiles);
   return LaunchDependent(context, kernel, dim3(static_cast<unsigned>(blocks)), kThreads,
-                         static_cast<size_t>(bytes), args, maps, tiles, stages);
+                         static_cast<size_t>(bytes), args, gated, maps, tiles, stages);
+}
+
+template <bool kGated>
+cudaError_t LaunchRows(const GemmArgs& args, const Activations& gated,
+                       const LaunchContext& context) {
+  if (args.rows <= 8) return LaunchTiles<1, kGated>(args, gated, context);
+  if (args.rows <= 16) return LaunchTiles<2, kGated>(args, gated, context);
+  return LaunchTiles<4, kGated>(args, gated, context);
 }
 
 }  // namespace
 
 bool HasHopperSkinnyProduct() {
-  static const bool built = IsBuilt(HopperSkinnyProductKernel<1>);
+  static const bool built = IsBuilt(HopperSkinnyProductKernel<1, false>);
   return built;
 }
 
 cudaError_t LaunchHopperSkinnyProduct(const GemmArgs& args, const LaunchContext& context) {
-  if (args.rows <= 8) return LaunchTiles<1>(args, context);
-  if (args.rows <= 16) return LaunchTiles<2>(args, context);
-  return LaunchTiles<4>(args, context);
+  return LaunchRows<false>(args, {}, context);
+}
+
+bool CanGate(const GatedGemmArgs& args, const LaunchContext& context) {
+  return IsSkinnyProduct(args.product, context) && IsSkinnyProductFaster(args.product) &&
+         context.activation_dtype == DType::kBf16 && !args.product.relu &&
+         args.product.out_columns % (2 * kTileOutputs) == 0;
+}
+
+cudaError_t Launch(const GatedGemmArgs& args, const LaunchContext& context) {
+  return LaunchRows<true>(args.product, args.gated, context);
 }
 
 }  // namespace kvsweep::cuda

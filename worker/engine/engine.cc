@@ -648,13 +648,10 @@ void InferenceEngine::EnqueueFfn(const LayerWeights& weights, const Activations&
   const ModelConfig& config = model_->config();
   GemmArgs ffn_in = ProductOf(weights.ffn_in, buffers_.ffn_in, in, rows);
   ffn_in.relu = config.activation == Activation::kRelu;
-  backend_->Gemm(ffn_in, Stream::kCompute);
   if (config.gated_ffn) {
-    backend_->SiluGate({.out = buffers_.ffn_gated,
-                        .in = buffers_.ffn_in,
-                        .rows = rows,
-                        .columns = config.ffn_size},
-                       Stream::kCompute);
+    backend_->GatedGemm({.product = ffn_in, .gated = buffers_.ffn_gated}, Stream::kCompute);
+  } else {
+    backend_->Gemm(ffn_in, Stream::kCompute);
   }
   GemmArgs ffn_out = ProductOf(weights.ffn_out, residual, buffers_.ffn_gated, rows);
   ffn_out.accumulate = true;

@@ -110,6 +110,37 @@ Outcome GemmCase(Side& side, Random& random) {
   return outcome;
 }
 
+Outcome GatedGemmCase(Side& side, Random& random) {
+  const int32_t rows = Pick(random, {1, 2, 3, 8, 9, 16, 17, 31, 32, 33, 64});
+  const int32_t columns = Pick(random, {8, 24, 64, 100, 256, 512, 1000});
+  const int32_t out_columns = Pick(random, {2, 32, 64, 96, 200, 1024});
+  const bool biased = random.Bernoulli(0.2);
+  const int64_t padding = Pick<int64_t>(random, {3, 8, 8});
+  GatedGemmArgs args;
+  GemmArgs& product = args.product;
+  product.rows = rows;
+  product.in_columns = columns;
+  product.out_columns = out_columns;
+  // Small, so that a gate sees values on both of its sides.
+  std::vector<float> in = ExactFloats(random, int64_t{rows} * columns);
+  for (float& value : in) value /= 32;
+  product.in = side.PutRows(in, rows, columns, padding);
+  product.weight = PutWeight(side, ExactFloats(random, int64_t{out_columns} * columns));
+  const std::vector<float> bias = ExactFloats(random, out_columns);
+  if (biased) product.bias = side.Put(bias);
+  product.out = side.RoomRows(rows, out_columns, padding);
+  args.gated = side.RoomRows(rows, out_columns / 2, padding);
+  side.backend().GatedGemm(args, Stream::kCompute);
+  Outcome outcome;
+  outcome.shape = absl::StrCat(rows, " x ", columns, " x ", out_columns, biased ? " bias" : "");
+  // Both sums may be rounded before the gate, and either is some sqrt(columns) / 2 at most.
+  const double root = std::sqrt(static_cast<double>(columns)) / 2 + (biased ? 4 : 0);
+  const double error = columns * 0x1p-22 + root * ActivationEpsilon();
+  outcome.Add("gated", side.GetRows(args.gated, rows, out_columns / 2), error * (1 + root),
+              3 * ActivationEpsilon());
+  return outcome;
+}
+
 Outcome SiluCase(Side& side, Random& random) {
   SiluGateArgs args;
   args.rows = Pick(random, {1, 2, 33});
@@ -220,6 +251,7 @@ Outcome FillNormalCase(Side& side, Random& random) {
 TEST(Conformance, Embed) { Conform("Embed", 150, EmbedCase); }
 TEST(Conformance, Norm) { Conform("Norm", 200, NormCase); }
 TEST(Conformance, Gemm) { Conform("Gemm", 700, GemmCase); }
+TEST(Conformance, GatedGemm) { Conform("GatedGemm", 300, GatedGemmCase); }
 TEST(Conformance, SiluGate) { Conform("SiluGate", 100, SiluCase); }
 TEST(Conformance, Rotary) { Conform("Rotary", 150, RotaryCase); }
 TEST(Conformance, TakeRows) { Conform("TakeRows", 100, TakeRowsCase); }
