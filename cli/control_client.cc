@@ -25,7 +25,7 @@ absl::Status ToStatus(const grpc::Status& status, const grpc::ClientContext& con
   const auto deadline =
       std::chrono::duration_cast<std::chrono::nanoseconds>(context.deadline().time_since_epoch());
   if (status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED &&
-      RealClock::Get().UnixNs() >= deadline.count()) {
+      RealClock::Get().UnixNs() >= deadline.count() - kNsPerSecond) {
     return absl::UnavailableError(absl::StrCat("no answer within ", kCallSeconds, " s"));
   }
   return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());

@@ -59,6 +59,7 @@ void Roster::Expect(int64_t now_ns, int64_t hold_ns, const WorkerId& worker, uin
   entry.presence = Presence::kDisconnected;
   Timer& timer = timers_[worker];
   timer.hold_ns = hold_ns;
+  timer.credited = false;
   Schedule(worker, NextChangeNs(entry, timer));
 }
 
@@ -80,6 +81,7 @@ Roster::Arrival Roster::Heard(int64_t now_ns, WorkerReport report) {
   }
   entry.report = std::move(report);
   entry.heard_ns = now_ns;
+  timer.credited = false;
   entry.broken_ns = kNeverNs;
   entry.presence = Presence::kConnected;
   // A place that is already in the list and early is left: Advance looks again when it comes up.
@@ -100,11 +102,18 @@ void Roster::Broken(int64_t now_ns, const WorkerId& worker, uint64_t incarnation
 // Deadlines only move away, so that those in the list are early, which they may be.
 void Roster::Stalled(int64_t duration_ns) {
   for (auto& [worker, entry] : entries_) {
-    entry.heard_ns = Later(entry.heard_ns, duration_ns);
-    entry.broken_ns = Later(entry.broken_ns, duration_ns);
+    const int64_t credit_ns = Credit(worker, duration_ns);
+    entry.heard_ns = Later(entry.heard_ns, credit_ns);
+    entry.broken_ns = Later(entry.broken_ns, credit_ns);
     Timer& timer = timers_.at(worker);
-    timer.hold_ns = Later(timer.hold_ns, duration_ns);
+    timer.hold_ns = Later(timer.hold_ns, credit_ns);
+    timer.credited = true;
   }
+}
+
+int64_t Roster::Credit(const WorkerId& worker, int64_t duration_ns) const {
+  const auto timer = timers_.find(worker);
+  return timer == timers_.end() || timer->second.credited ? 0 : duration_ns;
 }
 
 bool Roster::Drain(const WorkerId& worker, bool draining) {

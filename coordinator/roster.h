@@ -123,9 +123,13 @@ class Roster {
   // one.
   void Broken(int64_t now_ns, const WorkerId& worker, uint64_t incarnation);
 
-  // Nobody could be heard for the last `duration_ns`, however loud: that time counts for no lease.
-  // REQUIRES: no event and no Advance came in within it.
+  // Nobody could be heard for the last `duration_ns`, however loud: that time counts for no lease of
+  // a worker that was heard since the last stall. What a living one said meanwhile is heard next; of
+  // a dead one a row of stalls shall not put off the end for ever. REQUIRES: no event and no Advance
+  // came in within it.
   void Stalled(int64_t duration_ns);
+  // What of that would be left out for the worker.
+  int64_t Credit(const WorkerId& worker, int64_t duration_ns) const;
 
   // People's wish, kept over restarts of the worker. False: unknown worker.
   bool Drain(const WorkerId& worker, bool draining);
@@ -150,6 +154,7 @@ class Roster {
   struct Timer {
     int64_t hold_ns = 0;               // leases are kept at least until here
     int64_t due_ns = kNeverNs;         // its place in deadlines_
+    bool credited = false;             // since it was heard (Stalled)
     std::vector<uint64_t> superseded;  // incarnations replaced, newest last, bounded
   };
 

@@ -99,10 +99,6 @@ bool Scheduler::Heard(int64_t now_ns, WorkerReport report) {
   } else if (arrival == Roster::Arrival::kNewIncarnation) {
     Say(ExperimentId(), absl::StrCat("worker ", id.value(), " was started again"));
     TakeBackAll(now_ns, id, "the worker was started again");
-    for (auto& [index, slot] : workers_[id].slots) {
-      slot.failures = 0;
-      slot.rest_until_ns = 0;
-    }
     Review(id);
   }
   Worker& worker = workers_[id];
@@ -123,18 +119,17 @@ void Scheduler::Broken(int64_t now_ns, const WorkerId& worker, uint64_t incarnat
 }
 
 void Scheduler::Stalled(int64_t duration_ns) {
-  roster_.Stalled(duration_ns);
   for (auto& [attempt, lease] : leases_) {
-    if (lease.missing_ns != kNeverNs) lease.missing_ns += duration_ns;
+    if (lease.missing_ns == kNeverNs) continue;
+    lease.missing_ns += roster_.Credit(lease.slot.first, duration_ns);
   }
+  roster_.Stalled(duration_ns);
 }
 
-void Scheduler::Accepted(int64_t, Attempt attempt) {
+void Scheduler::Accepted(int64_t now_ns, Attempt attempt) {
   if (!leases_.contains(attempt)) return;
-  const Lease lease = RemoveLease(attempt);
-  Slot& slot = workers_.at(lease.slot.first).slots.at(lease.slot.second);
-  slot.settled = attempt;
-  slot.failures = 0;
+  const Lease lease = RemoveLease(now_ns, attempt);
+  workers_.at(lease.slot.first).slots.at(lease.slot.second).settled = attempt;
   EndRound(lease.round, RoundEnd::kAccepted);
   Review(lease.slot.first);
 }
@@ -144,7 +139,7 @@ void Scheduler::Refused(int64_t now_ns, Attempt attempt, const std::string& reas
   TakeBack(now_ns, attempt, Mishap::Kind::kFailed, reason, /*stored=*/true);
 }
 
-uint64_t Scheduler::Cancel(int64_t, ExperimentId id) {
+uint64_t Scheduler::Cancel(int64_t now_ns, ExperimentId id) {
   const auto found = experiments_.find(id);
   if (found == experiments_.end() || found->second.progress.finished()) return 0;
   plan_.cancels.push_back(id);
@@ -154,7 +149,7 @@ uint64_t Scheduler::Cancel(int64_t, ExperimentId id) {
     const auto round = rounds_.find(round_id);
     if (round == rounds_.end()) continue;
     if (round->second.live != kNoAttempt) {
-      Review(RemoveLease(round->second.live).slot.first);
+      Review(RemoveLease(now_ns, round->second.live).slot.first);
     } else {
       Dequeue(round_id, round->second);
     }
@@ -261,14 +256,16 @@ void Scheduler::AddLease(Attempt attempt, const Lease& lease) {
   changed_.insert(round.experiment);
 }
 
-Scheduler::Lease Scheduler::RemoveLease(Attempt attempt) {
+Scheduler::Lease Scheduler::RemoveLease(int64_t now_ns, Attempt attempt) {
   const auto found = leases_.find(attempt);
   KVSWEEP_CHECK(found != leases_.end());
   const Lease lease = found->second;
   leases_.erase(found);
   Round& round = rounds_.at(lease.round);
   round.live = kNoAttempt;
-  workers_.at(lease.slot.first).slots.at(lease.slot.second).live = kNoAttempt;
+  Slot& slot = workers_.at(lease.slot.first).slots.at(lease.slot.second);
+  slot.live = kNoAttempt;
+  slot.settles_ns = now_ns + options_.settling_ns;
   const auto machine = live_on_machine_.find(lease.machine);
   machine->second.erase(attempt);
   if (machine->second.empty()) live_on_machine_.erase(machine);
@@ -284,7 +281,7 @@ Scheduler::Lease Scheduler::RemoveLease(Attempt attempt) {
 
 void Scheduler::TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind,
                          const std::string& reason, bool stored) {
-  const Lease lease = RemoveLease(attempt);
+  const Lease lease = RemoveLease(now_ns, attempt);
   const WorkerId worker = lease.slot.first;
   Round& round = rounds_.at(lease.round);
   round.mishaps.push_back({.kind = kind,
@@ -293,7 +290,6 @@ void Scheduler::TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind,
                            .trial = lease.trial,
                            .time_ns = now_ns,
                            .reason = reason});
-  if (kind == Mishap::Kind::kFailed) Rest(now_ns, workers_.at(worker).slots.at(lease.slot.second));
   if (!stored) {
     plan_.voids.push_back(
         {.attempt = attempt, .round = lease.round, .mishap = round.mishaps.back()});
@@ -310,17 +306,6 @@ void Scheduler::TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind,
     Enqueue(lease.round, round);
   }
   Review(worker);
-}
-
-// An attempt failed on the slot.
-void Scheduler::Rest(int64_t now_ns, Slot& slot) const {
-  if (++slot.failures < 2) return;
-  int64_t rest_ns = options_.failure_pause_ns;
-  for (uint32_t failure = 2; failure < slot.failures && rest_ns < options_.longest_rest_ns;
-       ++failure) {
-    rest_ns *= 2;
-  }
-  slot.rest_until_ns = now_ns + std::min(rest_ns, options_.longest_rest_ns);
 }
 
 void Scheduler::TakeBackAll(int64_t now_ns, const WorkerId& worker, const std::string& reason) {
@@ -415,7 +400,12 @@ void Scheduler::Review(const WorkerId& id) {
     if (available && slot.live == kNoAttempt && index.value() < entry->report.slots.size()) {
       const SlotReport& report = entry->report.slots[index.value()];
       const bool empty = !report.holding.has_value() || report.holding->attempt == slot.settled;
-      if (empty && !report.devices.empty()) kind = KindOf(*entry, report);
+      if (empty && !report.devices.empty()) {
+        kind = SlotKind{.devices = static_cast<uint32_t>(report.devices.size()),
+                        .backend = report.devices[0].backend,
+                        .device_class = report.devices[0].device_class,
+                        .model_digests = entry->report.model_digests};
+      }
     }
     Offer({id, index}, slot, std::move(kind));
   }
@@ -478,8 +468,12 @@ void Scheduler::HandOut(int64_t now_ns) {
   if (!work_changed_) return;
   work_changed_ = false;
   retry_ns_ = kNeverNs;
+  for (auto& [requirement, round_class] : classes_) round_class->able.reset();
   const std::vector<RoundId> troubled(troubled_.begin(), troubled_.end());
-  for (const RoundId id : troubled) TryRound(now_ns, id);
+  for (const RoundId id : troubled) {
+    if (idle_.empty()) break;
+    TryRound(now_ns, id);
+  }
   // A class whose head was handed out comes up again with its next round, which is younger.
   for (auto head = heads_.begin(); head != heads_.end() && !idle_.empty();) {
     const RoundId id = head->first;
@@ -493,11 +487,12 @@ void Scheduler::TryRound(int64_t now_ns, RoundId id) {
     Grant(now_ns, id, *slot);
 }
 
-// The first of the least doubtful slots that are idle; none if one in use is less so.
+// The first idle slot of a worker where the round has not failed. One where it has only if there is
+// no other worker to wait for; then one where it failed least.
 std::optional<Scheduler::SlotKey> Scheduler::FindSlot(int64_t now_ns, const Round& round) {
   const RoundRequirement& requirement = round.round_class->requirement;
-  std::optional<SlotKey> best;
-  Doubt least;
+  std::optional<SlotKey> avoided;
+  uint32_t least = 0;
   for (const auto& [kind, slots] : idle_) {
     if (!Fits(requirement, kind)) continue;
     for (const SlotKey& key : slots) {
@@ -510,62 +505,75 @@ std::optional<Scheduler::SlotKey> Scheduler::FindSlot(int64_t now_ns, const Roun
         retry_ns_ = std::min(retry_ns_, pause_ns);
         continue;
       }
-      const Slot& slot = workers_.at(key.first).slots.at(key.second);
-      const Doubt doubt = DoubtOf(now_ns, round, key.first, slot);
-      if (doubt == Doubt()) return key;
-      if (doubt.resting) retry_ns_ = std::min(retry_ns_, slot.rest_until_ns);
-      if (best.has_value() && least <= doubt) continue;
-      best = key;
-      least = doubt;
+      const uint32_t failures = FailuresOn(round, key.first);
+      if (failures == 0) return key;
+      if (avoided.has_value() && least <= failures) continue;
+      avoided = key;
+      least = failures;
     }
   }
-  if (best.has_value() && HasBetterSlot(now_ns, round, least)) return std::nullopt;
-  return best;
+  if (avoided.has_value() && IsAnotherAble(now_ns, round)) return std::nullopt;
+  return avoided;
 }
 
-Scheduler::Doubt Scheduler::DoubtOf(int64_t now_ns, const Round& round, const WorkerId& worker,
-                                    const Slot& slot) {
-  const auto failures = std::count_if(
+uint32_t Scheduler::FailuresOn(const Round& round, const WorkerId& worker) {
+  return static_cast<uint32_t>(std::count_if(
       round.mishaps.begin(), round.mishaps.end(),
-      [&](const Mishap& mishap) { return Failed(mishap) && mishap.worker == worker; });
-  return {.resting = slot.rest_until_ns > now_ns, .failures = static_cast<uint32_t>(failures)};
+      [&](const Mishap& mishap) { return Failed(mishap) && mishap.worker == worker; }));
 }
 
-// Whether a slot that is idle, or will be after its live attempt, fits the round and is less
-// doubtful. Attempts end, also of a worker that is silent; what a slot holds without a lease might
-// be held for ever, so that such a slot is not waited for.
-bool Scheduler::HasBetterSlot(int64_t now_ns, const Round& round, const Doubt& doubt) const {
-  const RoundRequirement& requirement = round.round_class->requirement;
-  for (const auto& [id, worker] : workers_) {
-    if (!worker.willing) continue;
-    const RosterEntry& entry = *roster_.Find(id);
-    for (const auto& [index, slot] : worker.slots) {
-      if (slot.live == kNoAttempt && !slot.offer.has_value()) continue;
-      if (index.value() >= entry.report.slots.size()) continue;
-      const SlotReport& report = entry.report.slots[index.value()];
-      if (!report.devices.empty() && DoubtOf(now_ns, round, id, slot) < doubt &&
-          Fits(requirement, KindOf(entry, report))) {
+// Whether a worker where the round has not failed has a slot that fits and is idle, or will be:
+// after its live attempt, since attempts end, also of a worker that is silent, or when its worker
+// has settled the last one. What else a slot may hold might be held for ever.
+bool Scheduler::IsAnotherAble(int64_t now_ns, const Round& round) {
+  std::optional<std::vector<WorkerId>>& able = round.round_class->able;
+  if (!able.has_value()) {
+    able.emplace();
+    for (const auto& [id, worker] : workers_) {
+      if (!worker.willing) continue;
+      const RosterEntry& entry = *roster_.Find(id);
+      const auto fits = [&](const auto& indexed) {
+        const auto& [index, slot] = indexed;
+        const bool settling = slot.settles_ns > now_ns;
+        if (slot.live == kNoAttempt && !slot.offer.has_value() && !settling) return false;
+        if (index.value() >= entry.report.slots.size() ||
+            !Fits(round.round_class->requirement, entry, entry.report.slots[index.value()])) {
+          return false;
+        }
+        if (settling) retry_ns_ = std::min(retry_ns_, slot.settles_ns);
         return true;
-      }
+      };
+      if (std::ranges::any_of(worker.slots, fits)) able->push_back(id);
+      // A round that has failed on so many workers is given up.
+      if (able->size() > options_.max_failures) break;
     }
   }
-  return false;
+  return std::ranges::any_of(
+      *able, [&](const WorkerId& worker) { return FailuresOn(round, worker) == 0; });
 }
 
-// REQUIRES: the slot has a device.
-Scheduler::SlotKind Scheduler::KindOf(const RosterEntry& entry, const SlotReport& report) {
-  return {.devices = static_cast<uint32_t>(report.devices.size()),
-          .backend = report.devices[0].backend,
-          .device_class = report.devices[0].device_class,
-          .model_digests = entry.report.model_digests};
+namespace {
+
+bool FitsSlot(const RoundRequirement& requirement, size_t devices, const std::string& backend,
+              const std::string& device_class, const std::set<std::string>& model_digests) {
+  return devices >= requirement.devices &&
+         (requirement.backend.empty() || requirement.backend == backend) &&
+         (requirement.device_class.empty() || requirement.device_class == device_class) &&
+         (requirement.model_travels || requirement.model_digest.empty() ||
+          model_digests.contains(requirement.model_digest));
 }
+
+}  // namespace
 
 bool Scheduler::Fits(const RoundRequirement& requirement, const SlotKind& kind) {
-  return kind.devices >= requirement.devices &&
-         (requirement.backend.empty() || requirement.backend == kind.backend) &&
-         (requirement.device_class.empty() || requirement.device_class == kind.device_class) &&
-         (requirement.model_travels || requirement.model_digest.empty() ||
-          kind.model_digests.contains(requirement.model_digest));
+  return FitsSlot(requirement, kind.devices, kind.backend, kind.device_class, kind.model_digests);
+}
+
+bool Scheduler::Fits(const RoundRequirement& requirement, const RosterEntry& entry,
+                     const SlotReport& slot) {
+  return !slot.devices.empty() &&
+         FitsSlot(requirement, slot.devices.size(), slot.devices[0].backend,
+                  slot.devices[0].device_class, entry.report.model_digests);
 }
 
 int64_t Scheduler::PausedUntilNs(const Round& round, const WorkerId& worker) const {
@@ -695,7 +703,7 @@ std::string Scheduler::WhyWaiting(const RoundRequirement& requirement) const {
           requirement.devices == 1 ? " device" : " devices",
           requirement.device_class.empty() ? "" : absl::StrCat(" of ", requirement.device_class));
     case kBusy:
-      return "all fitting slots are in use, or paused after a failure";
+      return "all fitting slots are in use, or avoided after a failure";
   }
   return "";
 }

@@ -39,11 +39,10 @@
 // class* (what a slot must have), slots by *slot kind* (what it has), so that a decision costs
 // classes x kinds, not rounds x slots.
 //
-// Failures (not losses) make a slot doubtful for a round: one on whose worker this round failed, or
-// one that is *resting* because its last attempts failed in a row, whatever the rounds. A round
-// takes a doubtful slot only if no other slot that takes work and fits is less so; it waits for one
-// that is in use. So a worker where everything fails at once costs each round one failure at most,
-// not all of them, and a worker that is alone is asked again as if there were no rest.
+// A round that failed somewhere (not: whose worker was lost) avoids the workers where it did: it
+// goes to one of them only if no other worker that takes work could run it, and waits for one that
+// is in use. So a worker where everything fails at once costs each round one attempt, not all of
+// them, and a worker that is alone is asked again.
 
 namespace kvsweep {
 
@@ -54,9 +53,9 @@ struct SchedulerOptions {
   uint32_t max_failures = 3;  // attempts refused or failed by workers, after which it is given up
   int64_t failure_pause_ns =
       5 * kNsPerSecond;  // before a round returns to a worker where it failed
-  // A slot rests for failure_pause_ns from the second failure in a row, twice as long after each
-  // further one, at most this long.
-  int64_t longest_rest_ns = 320 * kNsPerSecond;
+  // How long a slot whose attempt has ended counts as one that is about to be idle, for rounds that
+  // wait for it, until its worker says that it is.
+  int64_t settling_ns = 15 * kNsPerSecond;
   uint32_t poison_losses = 3;    // workers lost during the same trial ...
   uint32_t poison_machines = 2;  // ... on at least so many machines: poisoned
 };
@@ -218,7 +217,8 @@ class Scheduler {
   void Broken(int64_t now_ns, const WorkerId& worker, uint64_t incarnation);
 
   // The coordinator itself was held up and heard nobody for the last `duration_ns`: that time
-  // counts against no worker. REQUIRES: no event and no Decide came in within it.
+  // counts against no worker that was heard since the last time. REQUIRES: no event and no Decide
+  // came in within it.
   void Stalled(int64_t duration_ns);
 
   // The store accepted the attempt: its round is done. Ignored for an attempt that is not live.
@@ -271,6 +271,9 @@ class Scheduler {
     RoundRequirement requirement;
     std::set<RoundId> queue;  // queued, without those in troubled_
     uint64_t members = 0;     // queued or leased; the class goes with the last one
+    // Workers that could run its rounds, now or soon: enough of them that one is left for a round
+    // that failed on others. Found once for each HandOut.
+    std::optional<std::vector<WorkerId>> able;
 
     bool exclusive() const { return requirement.uses_host_tier && !requirement.modelled_time; }
   };
@@ -309,16 +312,7 @@ class Scheduler {
     Attempt live;                   // 0: none
     Attempt settled;                // accepted last: to be forgotten by the worker
     std::optional<SlotKind> offer;  // the kind it is listed under as idle
-    uint32_t failures = 0;          // attempts that failed since one was accepted
-    int64_t rest_until_ns = 0;
-  };
-
-  // How little a slot promises for a round; the least doubtful is taken.
-  struct Doubt {
-    bool resting = false;
-    uint32_t failures = 0;  // of this round on its worker
-
-    auto operator<=>(const Doubt&) const = default;
+    int64_t settles_ns = 0;         // until when it counts as about to be idle
   };
 
   struct Worker {
@@ -343,10 +337,9 @@ class Scheduler {
 
   // Leases.
   void AddLease(Attempt attempt, const Lease& lease);
-  Lease RemoveLease(Attempt attempt);
+  Lease RemoveLease(int64_t now_ns, Attempt attempt);
   void TakeBack(int64_t now_ns, Attempt attempt, Mishap::Kind kind, const std::string& reason,
                 bool stored = false);
-  void Rest(int64_t now_ns, Slot& slot) const;
   void TakeBackAll(int64_t now_ns, const WorkerId& worker, const std::string& reason);
   std::optional<FinishRow> GiveUp(RoundId id, const Round& round) const;
 
@@ -362,10 +355,10 @@ class Scheduler {
   void TryRound(int64_t now_ns, RoundId id);
   std::optional<SlotKey> FindSlot(int64_t now_ns, const Round& round);
   static bool Fits(const RoundRequirement& requirement, const SlotKind& kind);
-  static SlotKind KindOf(const RosterEntry& entry, const SlotReport& report);
-  static Doubt DoubtOf(int64_t now_ns, const Round& round, const WorkerId& worker,
-                       const Slot& slot);
-  bool HasBetterSlot(int64_t now_ns, const Round& round, const Doubt& doubt) const;
+  static bool Fits(const RoundRequirement& requirement, const RosterEntry& entry,
+                   const SlotReport& slot);
+  static uint32_t FailuresOn(const Round& round, const WorkerId& worker);
+  bool IsAnotherAble(int64_t now_ns, const Round& round);
   int64_t PausedUntilNs(const Round& round, const WorkerId& worker) const;
   void Grant(int64_t now_ns, RoundId id, const SlotKey& key);
   std::string WhyWaiting(const RoundRequirement& requirement) const;
@@ -392,7 +385,7 @@ class Scheduler {
   std::map<ExperimentId, Experiment> experiments_;
 
   bool work_changed_ = false;    // a slot came free or a round was queued since the last Decide
-  int64_t retry_ns_ = kNeverNs;  // when a pause after a failure or a rest ends
+  int64_t retry_ns_ = kNeverNs;  // when a pause after a failure ends, or a slot settles
   std::set<WorkerId> touched_;   // to be told their wish
   std::set<ExperimentId> changed_;
   SchedulerPlan plan_;  // being gathered

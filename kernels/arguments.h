@@ -71,7 +71,7 @@ struct SiluGateArgs {
 // A product and the gate of its outputs; product.out is room between the two that need not be
 // written.
 struct GatedGemmArgs {
-  GemmArgs product;
+  GemmArgs product;   // neither accumulated nor f32_out
   Activations gated;  // [T, N/2] = silu(outputs[:, :N/2]) * outputs[:, N/2:]
 };
 

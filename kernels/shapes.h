@@ -72,8 +72,9 @@ struct KvView {
   int64_t block_stride = 0;  // elements
   int64_t token_stride = 0;  // elements
   int64_t head_stride = 0;   // elements
-  const int32_t* block_table =
-      nullptr;  // [rows, block_table_stride], device; nullptr: block b of row b (contiguous)
+  // [rows, block_table_stride], device; nullptr: block b of row b (contiguous). Entries past a row's
+  // length may be read, and are not used.
+  const int32_t* block_table = nullptr;
   int32_t block_table_stride = 0;
   const int32_t* length = nullptr;  // [rows] or [rows, Hk], device
   int32_t length_stride = 1;

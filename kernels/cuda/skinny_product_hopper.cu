@@ -285,6 +285,7 @@ cudaError_t LaunchHopperSkinnyProduct(const GemmArgs& args, const LaunchContext&
 bool CanGate(const GatedGemmArgs& args, const LaunchContext& context) {
   return IsSkinnyProduct(args.product, context) && IsSkinnyProductFaster(args.product) &&
          context.activation_dtype == DType::kBf16 && !args.product.relu &&
+         !args.product.accumulate && !args.product.f32_out &&
          args.product.out_columns % (2 * kTileOutputs) == 0;
 }
 

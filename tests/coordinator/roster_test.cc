@@ -83,6 +83,22 @@ TEST(RosterTest, TimeInWhichNobodyCouldBeHeardCountsForNoLease) {
   EXPECT_EQ(roster.Find(silent)->presence, Presence::kGone);
 }
 
+TEST(RosterTest, ARowOfStallsKeepsNobodyWhoIsNotHeard) {
+  const WorkerId dead("dead");
+  const WorkerId living("living");
+  Roster roster((LeaseOptions()));
+  roster.Heard(0, Report("dead", 1));
+  int64_t now_ns = 0;
+  for (int turn = 0; turn < 20; ++turn) {
+    now_ns += 2 * kSecond;
+    roster.Stalled(2 * kSecond);
+    roster.Heard(now_ns, Report("living", 1));
+    roster.Advance(now_ns);
+  }
+  EXPECT_EQ(roster.Find(dead)->presence, Presence::kGone);
+  EXPECT_EQ(roster.Find(living)->presence, Presence::kConnected);
+}
+
 TEST(RosterTest, ExpectedWorkersAreHeldForOneLength) {
   const WorkerId w("w");
   Roster roster((LeaseOptions()));

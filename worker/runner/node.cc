@@ -49,13 +49,17 @@ void KeepPreflight(const std::string& cache, const std::string& path, const Pref
 class PreflightTurn {
  public:
   // Waits for whoever measures. Without a lock at the end of `patience_ns`, or where the file
-  // cannot be had, the turn is taken all the same: a disturbed preflight is better than none.
+  // cannot be had, the turn may be taken all the same: a disturbed preflight is better than none.
   PreflightTurn(const std::string& path, int64_t patience_ns) {
     // Another user's file in a shared folder may be opened, but not with O_CREAT.
     descriptor_ = open(path.c_str(), kHow);
     if (descriptor_ < 0) {
-      descriptor_ = open(path.c_str(), kHow | O_CREAT, 0644);
-      if (descriptor_ >= 0) fchmod(descriptor_, 0644);  // for other users, whatever the umask
+      descriptor_ = open(path.c_str(), kHow | O_CREAT | O_EXCL, 0644);
+      if (descriptor_ >= 0) {
+        fchmod(descriptor_, 0644);  // for other users, whatever the umask
+      } else {
+        descriptor_ = open(path.c_str(), kHow);  // another runner was first
+      }
     }
     if (descriptor_ < 0) {
       LogWarning("preflight: ", path, " cannot be opened: ", std::strerror(errno),
@@ -64,8 +68,9 @@ class PreflightTurn {
     }
     Clock& clock = RealClock::Get();
     const int64_t until_ns = clock.NowNs() + patience_ns;
-    while (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
+    while (!(held_ = flock(descriptor_, LOCK_EX | LOCK_NB) == 0)) {
       if (clock.NowNs() >= until_ns) {
+        if (patience_ns == 0) return;
         LogWarning("preflight: ", path, " was held by another runner for ",
                    FormatDurationNs(patience_ns), "; measuring beside it");
         return;
@@ -78,6 +83,7 @@ class PreflightTurn {
   ~PreflightTurn() {
     if (descriptor_ >= 0) close(descriptor_);
   }
+  bool held() const { return held_; }
 
  private:
   // What else may lie at a path that anybody can write must neither be followed nor hold us up.
@@ -85,6 +91,7 @@ class PreflightTurn {
   static constexpr int64_t kLookNs = 50 * kNsPerMs;
 
   int descriptor_;
+  bool held_ = false;
 };
 
 }  // namespace
@@ -92,12 +99,22 @@ class PreflightTurn {
 void Node::Update(const BackendInfo& info) {
   if (info.pci_address.empty()) return;
   if (!std::exchange(opened_, true)) OpenNvml(info);
-  if (preflight_ && preflight_->IsFresh(RealClock::Get().UnixNs())) return;
+  const bool is_old = preflight_.has_value();
+  if (is_old && preflight_->IsFresh(RealClock::Get().UnixNs())) return;
   const std::string subject = PreflightSubject(info, GetBuildInfo().runner_digest);
   const std::string path = PreflightPath(options_.cache, subject);
-  if (!options_.cache.empty()) preflight_ = FindPreflight(path, subject);
-  if (preflight_) return;
-  const PreflightTurn turn(options_.lock, options_.lock_patience_ns);
+  const auto take_kept = [&] {
+    std::optional<Preflight> kept;
+    if (!options_.cache.empty()) kept = FindPreflight(path, subject);
+    if (kept) preflight_ = *std::move(kept);
+    return kept.has_value();
+  };
+  if (take_kept()) return;
+  // A trial waits behind this, and may be cancelled: an old preflight does until the next one.
+  const PreflightTurn turn(options_.lock, is_old ? 0 : options_.lock_patience_ns);
+  if (is_old && !turn.held()) return;
+  // Whoever measured meanwhile may have measured this device.
+  if (take_kept()) return;
   absl::StatusOr<Preflight> measured = MeasurePreflight(info);
   preflight_status_ = measured.status();
   if (!measured.ok()) {

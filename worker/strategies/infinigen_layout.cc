@@ -186,7 +186,8 @@ ArrayCounts CountArrays(const InfinigenLayout& layout, const StrategySizes& size
   return {.slot_pages = layout.slot_bytes() == 0
                             ? 0
                             : (decode_rows + sizes.max_sequences) * layout.table_pages,
-          .fetch_pages = decode_rows * 2 * layout.fetch_pages,
+          // Odd layers' tables begin in the middle of a row: one half more than rows have.
+          .fetch_pages = (decode_rows * 2 + 1) * layout.fetch_pages,
           .limit = speculates ? decode_rows : 0,
           .wanted = speculates && layout.parameters.has_force_fetch_ratio() ? decode_rows : 0,
           .capacity = layout.remembers() ? decode_rows : 0,
