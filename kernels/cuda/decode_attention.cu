@@ -662,7 +662,8 @@ __global__ void __launch_bounds__(kThreads)
 // launchers
 
 // Whether the blocks of a pair are a cluster: where each has a multiprocessor to itself. Where two
-// share one, clusters start so much later that they lose what joining gains.
+// share one, clusters start so much later that they lose what joining gains. On Hopper:
+// others may not have room for as many.
 bool IsClustered(int64_t pairs, int64_t splits, int64_t multiprocessors) {
   return splits > 1 && splits <= kMostClusterBlocks && pairs * splits <= multiprocessors;
 }
@@ -676,11 +677,13 @@ cudaError_t LaunchFast(const DecodeAttentionArgs& args, const Splits& splits,
       DecodeAttentionKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (configured != cudaSuccess) return configured;
   const bool clustered =
-      context.architecture >= 90 &&
+      context.architecture == 90 &&
       IsClustered(int64_t{args.rows} * args.kv_heads, args.plan.splits, context.multiprocessors);
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      DecodeAttentionKernel<T, D>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (clustered && allowed != cudaSuccess) return allowed;
+  if (clustered) {
+    static const cudaError_t allowed = cudaFuncSetAttribute(
+        DecodeAttentionKernel<T, D>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (allowed != cudaSuccess) return allowed;
+  }
   const auto blocks = static_cast<unsigned>(args.rows * args.kv_heads * args.plan.splits);
   return LaunchDependentClusters(context, DecodeAttentionKernel<T, D>, blocks, kThreads, kBytes,
                                  clustered ? static_cast<unsigned>(args.plan.splits) : 1, args,
