@@ -23,6 +23,9 @@ class WaitingBackend : public ForwardingBackend {
   void Gemm(const GemmArgs& args, Stream stream) override {
     ForwardingBackend::Gemm(args, Idle(stream));
   }
+  void GatedGemm(const GatedGemmArgs& args, Stream stream) override {
+    ForwardingBackend::GatedGemm(args, Idle(stream));
+  }
   void Append(const AppendArgs& args, Stream stream) override {
     ForwardingBackend::Append(args, Idle(stream));
   }

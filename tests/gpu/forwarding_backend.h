@@ -60,6 +60,7 @@ class ForwardingBackend : public Backend {
   void Norm(const NormArgs& a, Stream s) override { inner_->Norm(a, s); }
   void Gemm(const GemmArgs& a, Stream s) override { inner_->Gemm(a, s); }
   void SiluGate(const SiluGateArgs& a, Stream s) override { inner_->SiluGate(a, s); }
+  void GatedGemm(const GatedGemmArgs& a, Stream s) override { inner_->GatedGemm(a, s); }
   void Rotary(const RotaryArgs& a, Stream s) override { inner_->Rotary(a, s); }
   void TakeRows(const TakeRowsArgs& a, Stream s) override { inner_->TakeRows(a, s); }
   void Argmax(const ArgmaxArgs& a, Stream s) override { inner_->Argmax(a, s); }
