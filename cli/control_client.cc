@@ -20,7 +20,7 @@ constexpr int kCallSeconds = 120;
 constexpr size_t kChunkBytes = 512 << 10;
 
 // The coordinator's word on a call that has ended; Unavailable if it said none in time, which is
-// not to be taken for a time limit of what was asked.
+// not to be taken for a time limit of what was asked. A second is left for clocks that disagree.
 absl::Status ToStatus(const grpc::Status& status, const grpc::ClientContext& context) {
   const auto deadline =
       std::chrono::duration_cast<std::chrono::nanoseconds>(context.deadline().time_since_epoch());

@@ -403,8 +403,8 @@ bool Dispatcher::Submit(Submission submission, Done<absl::StatusOr<SubmitReply>>
 
 // The queue is held in memory, and read whole at each start. What is known already adds nothing.
 absl::Status Dispatcher::CheckRoom(const Submission& submission) {
-  const uint64_t held = scheduler_.open_trials() + arriving_trials_;
   if (submission.queued_trials == 0) return absl::OkStatus();
+  const uint64_t held = scheduler_.open_trials() + arriving_trials_;
   if (held + submission.queued_trials <= options_.queued_trials) return absl::OkStatus();
   const absl::StatusOr<bool> known = reader_->IsSubmitted(submission.operation.client_id);
   if (!known.ok()) EndProcess(known.status());

@@ -668,23 +668,20 @@ std::string Scheduler::WhyWaiting(const RoundRequirement& requirement) const {
     if (entry.presence != Presence::kConnected) continue;
     Obstacle obstacle = kBusy;
     const std::string idle_reason = entry.IdleReason();
-    SlotKind offer{.devices = requirement.devices,
-                   .backend = requirement.backend,
-                   .device_class = requirement.device_class,
-                   .model_digests = entry.report.model_digests};
+    // What a slot would be that lacks nothing but perhaps the model.
+    const SlotKind with_model{.devices = requirement.devices,
+                              .backend = requirement.backend,
+                              .device_class = requirement.device_class,
+                              .model_digests = entry.report.model_digests};
     if (!idle_reason.empty()) {
       obstacle = kUnavailable;
       unavailable = absl::StrCat(id.value(), " is ", idle_reason);
-    } else if (!Fits(requirement, offer)) {
+    } else if (!Fits(requirement, with_model)) {
       obstacle = kNoModel;
     } else {
       obstacle = kNoSlot;
       for (const SlotReport& slot : entry.report.slots) {
-        if (slot.devices.empty()) continue;
-        offer.devices = static_cast<uint32_t>(slot.devices.size());
-        offer.backend = slot.devices[0].backend;
-        offer.device_class = slot.devices[0].device_class;
-        if (Fits(requirement, offer)) obstacle = kBusy;
+        if (Fits(requirement, entry, slot)) obstacle = kBusy;
       }
     }
     closest = std::max(closest, obstacle);

@@ -662,8 +662,8 @@ __global__ void __launch_bounds__(kThreads)
 // launchers
 
 // Whether the blocks of a pair are a cluster: where each has a multiprocessor to itself. Where two
-// share one, clusters start so much later that they lose what joining gains. On Hopper:
-// others may not have room for as many.
+// share one, clusters start so much later that they lose what joining gains. For Hopper: other
+// devices may not have room for as many blocks.
 bool IsClustered(int64_t pairs, int64_t splits, int64_t multiprocessors) {
   return splits > 1 && splits <= kMostClusterBlocks && pairs * splits <= multiprocessors;
 }

@@ -40,6 +40,11 @@ struct alignas(sizeof(T) * kCount) Vector {
   T element[kCount];
 };
 
+// What a gate lets pass: silu(gate) * passed.
+__device__ __forceinline__ float Gated(float gate, float passed) {
+  return gate / (1.0f + expf(-gate)) * passed;
+}
+
 // Elements of T in one 16-byte access.
 template <typename T>
 inline constexpr int kVectorElements = 16 / sizeof(T);

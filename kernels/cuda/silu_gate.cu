@@ -23,8 +23,7 @@ __global__ void __launch_bounds__(kThreads)
   Elements out;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const float value = ToFloat(gate.element[i]);
-    out.element[i] = FromFloat<T>(value / (1.0f + expf(-value)) * ToFloat(up.element[i]));
+    out.element[i] = FromFloat<T>(Gated(ToFloat(gate.element[i]), ToFloat(up.element[i])));
   }
   *reinterpret_cast<Elements*>(static_cast<T*>(args.out.data) + row * args.out.stride + column) =
       out;

@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           passed += args.bias[gates + column];
         }
         static_cast<__nv_bfloat16*>(gated.data)[row * gated.stride + column] =
-            __float2bfloat16(gate / (1.0f + expf(-gate)) * passed);
+            FromFloat<__nv_bfloat16>(Gated(gate, passed));
       } else {
         const int output = (tile + in_group) * kTileOutputs + in_tile;
         if (in_group >= group_tiles || output >= args.out_columns) continue;
