@@ -86,6 +86,10 @@ __device__ __forceinline__ void FenceAsyncProxy() {
 __device__ __forceinline__ void MeetWarps(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
+// The same of a warp that does not wait for the others.
+__device__ __forceinline__ void ArriveAtMeeting(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
 
 }  // namespace kvsweep::cuda
 

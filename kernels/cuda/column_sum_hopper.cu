@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
   const int columns = LastColumn(args) - args.keys.first_token;
   if (threadIdx.x < kWarpgroup) {
     GiveRegisters<Shape::kConsumers == 2 ? 56 : 32>();
-    RingPlace<kStages> place;
+    RingPlace place{kStages};
     if (warp == 0) {
       const uint32_t full = SharedAddress(&shared.key_full);
       if (lane == 0) ArriveExpecting(full, kPanels * Shape::kKeyPanelBytes);
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks)
         .scale = args.scale * kLog2E};
     const int group_key = first + consumer.group * Shape::kGroupKeys;
     const int own = warp % 4 * 16 + lane / 4;  // of each product's keys
-    RingPlace<kStages> place;
+    RingPlace place{kStages};
     WaitPhase(SharedAddress(&shared.key_full), 0);
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) consumer.sum[i][0] = consumer.sum[i][1] = 0.0f;

@@ -422,9 +422,12 @@ void CudaBackend::Gemm(const GemmArgs& args, Stream stream) {
   const Scope scope(*this, "Gemm", stream);
   const cuda::LaunchContext context = ReadyKernel(stream);
   const bool skinny = cuda::IsSkinnyProduct(args, context);
+  const bool panel = skinny && cuda::IsPanelProduct(args, context);
   cudaError_t error = cudaErrorNotSupported;
-  if (!options_.batch_invariant && !(skinny && cuda::IsSkinnyProductFaster(args)) &&
-      cuda::ProductLibrary::Takes(args, context)) {
+  if (panel && (options_.batch_invariant || cuda::IsPanelProductFaster(args, context))) {
+    error = cuda::LaunchPanelProduct(args, context);
+  } else if (!options_.batch_invariant && !(skinny && cuda::IsSkinnyProductFaster(args)) &&
+             cuda::ProductLibrary::Takes(args, context)) {
     error = products_.Launch(args, context);
   }
   if (error == cudaErrorNotSupported) {

@@ -100,7 +100,7 @@ struct PrefillProducer {
   Shared& shared;
   int lane;
   bool whole_tiles;
-  RingPlace<kStages> place;
+  RingPlace place{kStages};
 
   // Block id of the box that this lane copies of a tile; -1 past the history.
   __device__ __forceinline__ int32_t FindBlock(int tile) const {
@@ -425,8 +425,8 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
         .group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup - 1, 0),
         .lane = lane,
         .scale = args.scale * kLog2E};
-    RingPlace<kStages> keys;
-    RingPlace<kStages> values;
+    RingPlace keys{kStages};
+    RingPlace values{kStages};
     for (uint32_t turn = 0;; ++turn) {
       WaitPhase(SharedAddress(&shared.query_full), turn & 1);
       const int32_t number = __shfl_sync(~0u, lane == 0 ? atomicAdd(&shared.pair, 0) : 0, 0);

@@ -117,11 +117,8 @@ cudaError_t ProductLibrary::Launch(const GemmArgs& args, const LaunchContext& co
   const int64_t fitting = static_cast<int64_t>(context.workspace_bytes / 2) / (4 * stride);
   if (fitting == 0) return cudaErrorNotSupported;
   for (int64_t row = 0; row < args.rows; row += fitting) {
-    GemmArgs part = args;
-    part.rows = static_cast<int32_t>(std::min(fitting, args.rows - row));
-    part.in.data = static_cast<std::byte*>(args.in.data) + row * args.in.stride * 2;
-    part.out.data =
-        static_cast<std::byte*>(args.out.data) + row * args.out.stride * (args.f32_out ? 4 : 2);
+    const GemmArgs part = RowsOf(args, static_cast<int32_t>(row),
+                                 static_cast<int32_t>(std::min(fitting, args.rows - row)));
     GemmArgs product = part;
     product.out = {.data = sums, .stride = stride};
     product.f32_out = true;

@@ -1,7 +1,7 @@
-// The three ways of a projection. The skinny one adds in an order that no row count changes, so
-// batch-invariant mode has it, and on Hopper it is the fastest for up to 32 rows. The library's is
-// the fastest for more. The general one takes any shape, alignment and format, and adds in the
-// order of the columns.
+// The ways of a projection. The skinny one and the panel one add in an order that no row count
+// changes, so batch-invariant mode has them, and on Hopper they are the fastest for up to 32 and 64
+// rows. The library's is the fastest for more. The general one takes any shape, alignment and
+// format, and adds in the order of the columns.
 #ifndef KVSWEEP_KERNELS_CUDA_PRODUCTS_H_
 #define KVSWEEP_KERNELS_CUDA_PRODUCTS_H_
 
@@ -34,9 +34,27 @@ cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& conte
 inline constexpr int32_t kHopperSkinnyRows = 32;
 bool HasHopperSkinnyProduct();
 cudaError_t LaunchHopperSkinnyProduct(const GemmArgs& args, const LaunchContext& context);
-// The same kernel with the gate in it: whether it takes these arguments, and that one pass.
+// The same kernel with the gate in it. REQUIRES: CanGate.
+cudaError_t LaunchHopperSkinnyProduct(const GatedGemmArgs& args, const LaunchContext& context);
+
+// A kernel for Hopper and more rows (panel_product_hopper.cu): whether it takes these arguments,
+// and whether it is the fastest for them; passes of at most kPanelRows rows. The order in which an
+// output is summed depends on the weights' shape and on the device alone; whether it takes the
+// arguments also on the alignment of `out` and on whether its stride is even, so batch-invariant
+// callers keep those the same.
+inline constexpr int32_t kPanelRows = 64;
+bool IsPanelProduct(const GemmArgs& args, const LaunchContext& context);
+bool IsPanelProductFaster(const GemmArgs& args, const LaunchContext& context);
+cudaError_t LaunchPanelProduct(const GemmArgs& args, const LaunchContext& context);
+// The same kernel with the gate in it, one pass. REQUIRES: CanGate.
+cudaError_t LaunchPanelProduct(const GatedGemmArgs& args, const LaunchContext& context);
+
+// Whether one of those two does a product and its gate at once, and that one.
 bool CanGate(const GatedGemmArgs& args, const LaunchContext& context);
 cudaError_t Launch(const GatedGemmArgs& args, const LaunchContext& context);
+
+// `rows` rows of a product from `row` on.
+GemmArgs RowsOf(GemmArgs args, int32_t row, int32_t rows);
 
 // The end of a product whose `sums` [T, N] (rows sums_stride apart, 16-byte aligned) are there:
 // out = activation(sums + bias), added to what out holds if accumulate.

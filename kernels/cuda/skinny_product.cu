@@ -1,5 +1,5 @@
 // A projection of few rows, bound by reading the weights once: a kernel for every architecture, and
-// the choice between it and Hopper's own (skinny_product_hopper.cu).
+// the choice between it and Hopper's own (skinny_product_hopper.cu, panel_product_hopper.cu).
 //
 // A unit is 128 outputs x 64 columns; product_shares.cuh says who multiplies which. Weights stream
 // through a ring in shared memory in which each thread copies and reads its own sixteen bytes:
@@ -261,21 +261,43 @@ bool IsSkinnyProductFaster(const GemmArgs& args) {
   return args.rows <= kHopperSkinnyRows && HasHopperSkinnyProduct();
 }
 
+GemmArgs RowsOf(GemmArgs args, int32_t row, int32_t rows) {
+  args.rows = rows;
+  args.in.data = static_cast<std::byte*>(args.in.data) + row * args.in.stride * 2;
+  args.out.data =
+      static_cast<std::byte*>(args.out.data) + row * args.out.stride * (args.f32_out ? 4 : 2);
+  return args;
+}
+
 cudaError_t LaunchSkinnyProduct(const GemmArgs& args, const LaunchContext& context) {
   const bool on_hopper = HasHopperSkinnyProduct();
   const int32_t most = on_hopper ? kHopperSkinnyRows : kMostRows;
   for (int32_t row = 0; row < args.rows; row += most) {
-    GemmArgs part = args;
-    part.rows = std::min(most, args.rows - row);
-    part.in.data = static_cast<std::byte*>(args.in.data) + row * args.in.stride * 2;
-    part.out.data =
-        static_cast<std::byte*>(args.out.data) + row * args.out.stride * (args.f32_out ? 4 : 2);
+    const GemmArgs part = RowsOf(args, row, std::min(most, args.rows - row));
     const LaunchContext behind = row == 0 ? context : AfterKernel(context);
     const cudaError_t error =
         on_hopper ? LaunchHopperSkinnyProduct(part, behind) : LaunchRows(part, behind);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+bool CanGate(const GatedGemmArgs& args, const LaunchContext& context) {
+  const GemmArgs& product = args.product;
+  constexpr int32_t kGatedTile = 2 * 16;  // outputs of either kernel's smallest gated part
+  return IsSkinnyProduct(product, context) && context.activation_dtype == DType::kBf16 &&
+         !product.relu && !product.accumulate && !product.f32_out &&
+         product.out_columns % kGatedTile == 0 && args.gated.stride % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(args.gated.data) % 4 == 0 &&
+         (IsSkinnyProductFaster(product) ||
+          (IsPanelProduct(product, context) && IsPanelProductFaster(product, context)));
+}
+
+cudaError_t Launch(const GatedGemmArgs& args, const LaunchContext& context) {
+  const GemmArgs& product = args.product;
+  return IsPanelProduct(product, context) && IsPanelProductFaster(product, context)
+             ? LaunchPanelProduct(args, context)
+             : LaunchHopperSkinnyProduct(args, context);
 }
 
 }  // namespace kvsweep::cuda

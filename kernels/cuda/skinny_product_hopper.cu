@@ -282,14 +282,7 @@ cudaError_t LaunchHopperSkinnyProduct(const GemmArgs& args, const LaunchContext&
   return LaunchRows<false>(args, {}, context);
 }
 
-bool CanGate(const GatedGemmArgs& args, const LaunchContext& context) {
-  return IsSkinnyProduct(args.product, context) && IsSkinnyProductFaster(args.product) &&
-         context.activation_dtype == DType::kBf16 && !args.product.relu &&
-         !args.product.accumulate && !args.product.f32_out &&
-         args.product.out_columns % (2 * kTileOutputs) == 0;
-}
-
-cudaError_t Launch(const GatedGemmArgs& args, const LaunchContext& context) {
+cudaError_t LaunchHopperSkinnyProduct(const GatedGemmArgs& args, const LaunchContext& context) {
   return LaunchRows<true>(args.product, args.gated, context);
 }
 

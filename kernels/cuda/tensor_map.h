@@ -29,7 +29,7 @@ struct TensorShape {
 };
 
 // A matrix [rows, columns] of which a box lies in shared memory as it is: box_rows rows of
-// box_columns columns, at most 256 of both.
+// box_columns columns, at most 256 of both; or, a panel, as wgmma.cuh says: 64 columns.
 struct MatrixShape {
   const void* data = nullptr;  // at a multiple of 16 bytes
   int64_t rows = 0;
@@ -37,6 +37,7 @@ struct MatrixShape {
   int64_t row_stride = 0;  // elements, a multiple of 8; of one row any
   uint32_t box_rows = 0;
   uint32_t box_columns = 0;
+  bool is_panel = false;
 };
 
 // The driver's function, or nullptr where it has none.
@@ -87,7 +88,9 @@ inline cudaError_t MakeMatrixMap(const MatrixShape& shape, CUtensorMap& map) {
                               static_cast<cuuint64_t>(shape.rows)};
   const auto stride = static_cast<cuuint64_t>(std::max(shape.row_stride, shape.columns)) * 2;
   const cuuint32_t box[] = {shape.box_columns, shape.box_rows};
-  return EncodeTensorMap(shape.data, sizes, &stride, box, CU_TENSOR_MAP_SWIZZLE_NONE, map);
+  return EncodeTensorMap(shape.data, sizes, &stride, box,
+                         shape.is_panel ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                         map);
 }
 
 // Rows of activations: head h of row r at (0, r, h, 0).

@@ -24,12 +24,14 @@ inline constexpr int kPanelRowBytes = 128;
 
 // A ring of stages that producers fill and consumers empty: which stage comes next, and the parity
 // of the phase that fills it.
-template <int kStages>
 struct RingPlace {
+  const int stages;  // of the ring
   int stage = 0;
   uint32_t parity = 0;
+
+  __device__ __forceinline__ explicit RingPlace(int stages_of_ring) : stages(stages_of_ring) {}
   __device__ __forceinline__ void Advance() {
-    if (++stage == kStages) {
+    if (++stage == stages) {
       stage = 0;
       parity ^= 1;
     }
@@ -100,45 +102,60 @@ __device__ __forceinline__ uint64_t Further(uint64_t operand, uint32_t bytes) {
   return operand + (bytes >> 4);
 }
 
-#define KVSWEEP_EIGHT(c, i)                                                             \
+#define KVSWEEP_8(c, i)                                                                 \
   "+f"((c)[i]), "+f"((c)[i + 1]), "+f"((c)[i + 2]), "+f"((c)[i + 3]), "+f"((c)[i + 4]), \
       "+f"((c)[i + 5]), "+f"((c)[i + 6]), "+f"((c)[i + 7])
-#define KVSWEEP_THIRTY_TWO(c, i) \
-  KVSWEEP_EIGHT(c, i), KVSWEEP_EIGHT(c, i + 8), KVSWEEP_EIGHT(c, i + 16), KVSWEEP_EIGHT(c, i + 24)
-#define KVSWEEP_NAMES_32                                                                       \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define KVSWEEP_NAMES_64                                                                    \
-  KVSWEEP_NAMES_32                                                                          \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define KVSWEEP_16(c, i) KVSWEEP_8(c, i), KVSWEEP_8(c, i + 8)
+#define KVSWEEP_32(c, i) KVSWEEP_16(c, i), KVSWEEP_16(c, i + 16)
+#define KVSWEEP_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define KVSWEEP_NAMES_16 KVSWEEP_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define KVSWEEP_NAMES_24 KVSWEEP_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define KVSWEEP_NAMES_32 KVSWEEP_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define KVSWEEP_NAMES_40 KVSWEEP_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define KVSWEEP_NAMES_48 KVSWEEP_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define KVSWEEP_NAMES_56 KVSWEEP_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define KVSWEEP_NAMES_64 KVSWEEP_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+// `columns` of the result, the names of its registers, of a, of b and of kAdd; the registers.
+#define KVSWEEP_START_PRODUCT(columns, names, a_name, b_name, add_name, ...)               \
+  asm volatile(                                                                            \
+      "{\n"                                                                                \
+      ".reg .pred add;\n"                                                                  \
+      "setp.ne.b32 add, " add_name                                                         \
+      ", 0;\n"                                                                             \
+      "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" names "}, " a_name \
+      ", " b_name                                                                          \
+      ", add, 1, 1, 0, 0;\n"                                                               \
+      "}\n"                                                                                \
+      : __VA_ARGS__                                                                        \
+      : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
 
-// c [64, N] (+)= a [64, 16] * b [N, 16]^T, both RowOperands, N = 2 * kRegisters. Thread t of the
-// warpgroup holds rows t / 32 * 16 + t % 32 / 4 + {0, 8}: c[4 * n + 2 * {0, 1} + {0, 1}] is column
-// n * 8 + t % 4 * 2 + {0, 1}.
+// c [64, N] (+)= a [64, 16] * b [N, 16]^T, both RowOperands, N = 2 * kRegisters, a multiple of 16.
+// Thread t of the warpgroup holds rows t / 32 * 16 + t % 32 / 4 + {0, 8}: c[4 * n + 2 * {0, 1} +
+// {0, 1}] is column n * 8 + t % 4 * 2 + {0, 1}.
 template <bool kAdd, int kRegisters>
 __device__ __forceinline__ void StartProduct(float (&c)[kRegisters], uint64_t a, uint64_t b) {
-  static_assert(kRegisters == 32 || kRegisters == 64);
-  if constexpr (kRegisters == 64) {
-    asm volatile(
-        "{\n"
-        ".reg .pred add;\n"
-        "setp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" KVSWEEP_NAMES_64
-        "}, %64, %65, add, 1, 1, 0, 0;\n"
-        "}\n"
-        : KVSWEEP_THIRTY_TWO(c, 0), KVSWEEP_THIRTY_TWO(c, 32)
-        : "l"(a), "l"(b), "n"(kAdd ? 1 : 0));
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 8 && kRegisters <= 64);
+  if constexpr (kRegisters == 8) {
+    KVSWEEP_START_PRODUCT("16", KVSWEEP_NAMES_8, "%8", "%9", "%10", KVSWEEP_8(c, 0));
+  } else if constexpr (kRegisters == 16) {
+    KVSWEEP_START_PRODUCT("32", KVSWEEP_NAMES_16, "%16", "%17", "%18", KVSWEEP_16(c, 0));
+  } else if constexpr (kRegisters == 24) {
+    KVSWEEP_START_PRODUCT("48", KVSWEEP_NAMES_24, "%24", "%25", "%26", KVSWEEP_16(c, 0),
+                          KVSWEEP_8(c, 16));
+  } else if constexpr (kRegisters == 32) {
+    KVSWEEP_START_PRODUCT("64", KVSWEEP_NAMES_32, "%32", "%33", "%34", KVSWEEP_32(c, 0));
+  } else if constexpr (kRegisters == 40) {
+    KVSWEEP_START_PRODUCT("80", KVSWEEP_NAMES_40, "%40", "%41", "%42", KVSWEEP_32(c, 0),
+                          KVSWEEP_8(c, 32));
+  } else if constexpr (kRegisters == 48) {
+    KVSWEEP_START_PRODUCT("96", KVSWEEP_NAMES_48, "%48", "%49", "%50", KVSWEEP_32(c, 0),
+                          KVSWEEP_16(c, 32));
+  } else if constexpr (kRegisters == 56) {
+    KVSWEEP_START_PRODUCT("112", KVSWEEP_NAMES_56, "%56", "%57", "%58", KVSWEEP_32(c, 0),
+                          KVSWEEP_16(c, 32), KVSWEEP_8(c, 48));
   } else {
-    asm volatile(
-        "{\n"
-        ".reg .pred add;\n"
-        "setp.ne.b32 add, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" KVSWEEP_NAMES_32
-        "}, %32, %33, add, 1, 1, 0, 0;\n"
-        "}\n"
-        : KVSWEEP_THIRTY_TWO(c, 0)
-        : "l"(a), "l"(b), "n"(kAdd ? 1 : 0));
+    KVSWEEP_START_PRODUCT("128", KVSWEEP_NAMES_64, "%64", "%65", "%66", KVSWEEP_32(c, 0),
+                          KVSWEEP_32(c, 32));
   }
 }
 
@@ -151,20 +168,28 @@ __device__ __forceinline__ void StartProduct(float (&c)[kRegisters], const uint3
   if constexpr (kRegisters == 64) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" KVSWEEP_NAMES_64
                  "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
-                 : KVSWEEP_THIRTY_TWO(c, 0), KVSWEEP_THIRTY_TWO(c, 32)
+                 : KVSWEEP_32(c, 0), KVSWEEP_32(c, 32)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   } else {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" KVSWEEP_NAMES_32
                  "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
-                 : KVSWEEP_THIRTY_TWO(c, 0)
+                 : KVSWEEP_32(c, 0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 }
 
-#undef KVSWEEP_EIGHT
-#undef KVSWEEP_THIRTY_TWO
+#undef KVSWEEP_8
+#undef KVSWEEP_16
+#undef KVSWEEP_32
+#undef KVSWEEP_NAMES_8
+#undef KVSWEEP_NAMES_16
+#undef KVSWEEP_NAMES_24
 #undef KVSWEEP_NAMES_32
+#undef KVSWEEP_NAMES_40
+#undef KVSWEEP_NAMES_48
+#undef KVSWEEP_NAMES_56
 #undef KVSWEEP_NAMES_64
+#undef KVSWEEP_START_PRODUCT
 
 }  // namespace kvsweep::cuda
 

@@ -166,38 +166,41 @@ TEST(CudaBackendTest, Products) {
   }
 }
 
-TEST(CudaBackendTest, InvariantProductsDoNotDependOnOtherRows) {
+// Outputs of one tile a block, of several, and of several passes.
+class InvariantProductTest : public ::testing::TestWithParam<int32_t> {};
+
+TEST_P(InvariantProductTest, DoesNotDependOnOtherRows) {
   const auto backend = NewCuda({.batch_invariant = true});
   Random random(3);
-  constexpr int32_t kOut = 520;
+  const int32_t outputs = GetParam();
   constexpr int32_t kIn = 1096;
   const Buffer in(backend.get(), DType::kBf16, Values(random, 200 * kIn, DType::kBf16));
-  const Buffer weight(backend.get(), DType::kBf16, Values(random, kOut * kIn, DType::kBf16));
+  const Buffer weight(backend.get(), DType::kBf16, Values(random, outputs * kIn, DType::kBf16));
   std::vector<float> alone;
-  for (const int32_t rows : {1, 9, 30, 64, 65, 200}) {
+  for (const int32_t rows : {1, 9, 30, 33, 64, 65, 200}) {
     const Buffer out(backend.get(), DType::kBf16,
-                     std::vector<float>(static_cast<size_t>(rows) * kOut));
-    backend->Gemm({.out = {out.data(), kOut},
+                     std::vector<float>(static_cast<size_t>(rows) * outputs));
+    backend->Gemm({.out = {out.data(), outputs},
                    .in = {in.data(), kIn},
                    .weight = weight.data(),
                    .rows = rows,
-                   .out_columns = kOut,
+                   .out_columns = outputs,
                    .in_columns = kIn},
                   Stream::kCompute);
     std::vector<float> first = out.Read();
-    first.resize(kOut);
+    first.resize(outputs);
     if (alone.empty()) alone = first;
     EXPECT_EQ(first, alone) << rows << " rows";
   }
   // Nor on where in a step it stands.
-  const Buffer together(backend.get(), DType::kBf16, std::vector<float>(200 * kOut));
-  const Buffer single(backend.get(), DType::kBf16, std::vector<float>(kOut));
+  const Buffer together(backend.get(), DType::kBf16, std::vector<float>(size_t{200} * outputs));
+  const Buffer single(backend.get(), DType::kBf16, std::vector<float>(outputs));
   const auto multiply = [&](std::byte* from, std::byte* to, int32_t rows) {
-    backend->Gemm({.out = {to, kOut},
+    backend->Gemm({.out = {to, outputs},
                    .in = {from, kIn},
                    .weight = weight.data(),
                    .rows = rows,
-                   .out_columns = kOut,
+                   .out_columns = outputs,
                    .in_columns = kIn},
                   Stream::kCompute);
   };
@@ -205,8 +208,56 @@ TEST(CudaBackendTest, InvariantProductsDoNotDependOnOtherRows) {
   const std::vector<float> all = together.Read();
   for (const int32_t row : {7, 15, 31, 32, 150}) {
     multiply(in.data() + int64_t{row} * kIn * 2, single.data(), 1);
-    EXPECT_TRUE(std::ranges::equal(single.Read(), std::span(all).subspan(row * kOut, kOut)))
+    EXPECT_TRUE(
+        std::ranges::equal(single.Read(), std::span(all).subspan(int64_t{row} * outputs, outputs)))
         << "row " << row;
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Outputs, InvariantProductTest, ::testing::Values(520, 4320, 17040));
+
+// A product and its gate in one start before the kernel ahead has ended, and read what it writes.
+TEST(CudaBackendTest, GatedProductsReadWhatTheKernelAheadWrote) {
+  const auto backend = NewCuda({});
+  Random random(5);
+  constexpr int32_t kHidden = 1024;
+  constexpr int32_t kInner = 4096;
+  constexpr int32_t kTurns = 20;
+  const Buffer first(backend.get(), DType::kBf16, Values(random, kHidden * kHidden, DType::kBf16));
+  const Buffer second(backend.get(), DType::kBf16,
+                      Values(random, 2 * kInner * kHidden, DType::kBf16));
+  for (const int32_t rows : {1, 8, 20, 33, 64}) {
+    const Buffer in(backend.get(), DType::kBf16,
+                    Values(random, int64_t{kTurns} * rows * kHidden, DType::kBf16));
+    const Buffer middle(backend.get(), DType::kBf16,
+                        std::vector<float>(static_cast<size_t>(rows) * kHidden));
+    const Buffer ungated(backend.get(), DType::kBf16,
+                         std::vector<float>(size_t{2} * rows * kInner));
+    std::vector<std::vector<float>> runs;
+    for (const bool waits : {true, false}) {
+      const Buffer gated(backend.get(), DType::kBf16,
+                         std::vector<float>(static_cast<size_t>(kTurns) * rows * kInner));
+      for (int32_t turn = 0; turn < kTurns; ++turn) {
+        backend->Gemm({.out = {middle.data(), kHidden},
+                       .in = {in.data() + int64_t{turn} * rows * kHidden * 2, kHidden},
+                       .weight = first.data(),
+                       .rows = rows,
+                       .out_columns = kHidden,
+                       .in_columns = kHidden},
+                      Stream::kCompute);
+        if (waits) KVSWEEP_CHECK_OK(backend->WaitAll());
+        backend->GatedGemm({.product = {.out = {ungated.data(), 2 * kInner},
+                                        .in = {middle.data(), kHidden},
+                                        .weight = second.data(),
+                                        .rows = rows,
+                                        .out_columns = 2 * kInner,
+                                        .in_columns = kHidden},
+                            .gated = {gated.data() + int64_t{turn} * rows * kInner * 2, kInner}},
+                           Stream::kCompute);
+        if (waits) KVSWEEP_CHECK_OK(backend->WaitAll());
+      }
+      runs.push_back(gated.Read());
+    }
+    EXPECT_EQ(runs[0], runs[1]) << rows << " rows";
   }
 }
 
