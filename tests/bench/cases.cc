@@ -113,10 +113,11 @@ absl::StatusOr<BenchView> MakeBenchView(CaseMemory& memory, int64_t rows, int64_
   KvView& view = made.view;
   view.dtype = BenchKvType(memory.backend());
   view.block_size = static_cast<int32_t>(page);
-  const int64_t parts = tier == Tier::kHost && with_values ? 2 : 1;
-  // On the device one (block, head) is contiguous; on the host a value lies behind its key.
-  view.token_stride = parts == 2 ? kv_heads * 2 * head_dim : head_dim;
-  view.head_stride = parts == 2 ? 2 * head_dim : page * head_dim;
+  // A head's values lie behind its keys: on the device those of a block, on the host of a token.
+  const int64_t parts = with_values ? 2 : 1;
+  const int64_t together = tier == Tier::kHost ? 1 : page;  // tokens whose keys are in a row
+  view.token_stride = tier == Tier::kHost ? kv_heads * parts * head_dim : head_dim;
+  view.head_stride = parts * together * head_dim;
   view.block_stride = parts * page * kv_heads * head_dim;
   const int64_t blocks_of_row = (tokens + room + page - 1) / page;
   view.block_table_stride = static_cast<int32_t>(blocks_of_row);
@@ -129,11 +130,7 @@ absl::StatusOr<BenchView> MakeBenchView(CaseMemory& memory, int64_t rows, int64_
                    memory.Values(std::vector<int32_t>(rows, static_cast<int32_t>(tokens))));
   const int64_t elements = rows * blocks_of_row * view.block_stride;
   ASSIGN_OR_RETURN(view.key, memory.Normal(elements, view.dtype, tier));
-  if (parts == 2) {
-    view.value = view.key + head_dim * DTypeBytes(view.dtype);
-  } else if (with_values) {
-    ASSIGN_OR_RETURN(view.value, memory.Normal(elements, view.dtype, tier));
-  }
+  if (with_values) view.value = view.key + together * head_dim * DTypeBytes(view.dtype);
   made.entry_bytes = static_cast<double>((with_values ? 2 : 1) * head_dim * DTypeBytes(view.dtype));
   return made;
 }

@@ -120,12 +120,12 @@ KvView H2oStrategy::View(int32_t layer) const {
   std::byte* key =
       (on_host() ? memory_.host : memory_.pages) + page_bytes / evicting * (layer - full_layers());
   return {.key = key,
-          .value = key + head * layout.heads * bytes,
+          .value = key + head * bytes,
           .dtype = context_.kv_dtype,
           .block_size = layout.page_tokens,
           .block_stride = page_bytes / bytes,
           .token_stride = context_.shape.head_dim,
-          .head_stride = head,
+          .head_stride = 2 * head,
           .block_table = tables_.pages(),
           .block_table_stride = tables_.max_pages(),
           .length = tables_.length()};
@@ -138,12 +138,12 @@ KvView H2oStrategy::FullView(int32_t layer) const {
   const int64_t side = head * context_.shape.kv_heads;
   std::byte* key = memory_.pages + 2 * side * layer * bytes;
   return {.key = key,
-          .value = key + side * bytes,
+          .value = key + head * bytes,
           .dtype = context_.kv_dtype,
           .block_size = layout.full_page_tokens,
           .block_stride = static_cast<int64_t>(layout.page_bytes()) / bytes,
           .token_stride = context_.shape.head_dim,
-          .head_stride = head,
+          .head_stride = 2 * head,
           .block_table = full_tables_->pages(),
           .block_table_stride = full_tables_->max_pages(),
           .length = full_tables_->length()};

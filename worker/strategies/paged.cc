@@ -95,17 +95,17 @@ PagedStrategy::~PagedStrategy() {
 KvView PagedStrategy::View(int32_t layer) const {
   const ModelShape& shape = context_.shape;
   const int64_t block = layout_.block_size;
-  const int64_t head = block * shape.head_dim;  // elements of one head in a page
+  const int64_t head = block * shape.head_dim;  // elements: keys or values of one head in a page
   const int64_t side = head * shape.kv_heads;   // keys or values of one layer
   const int64_t bytes = DTypeBytes(context_.kv_dtype);
   std::byte* key = memory_ + 2 * side * layer * bytes;
   return {.key = key,
-          .value = key + side * bytes,
+          .value = key + head * bytes,
           .dtype = context_.kv_dtype,
           .block_size = static_cast<int32_t>(block),
           .block_stride = 2 * side * shape.layers,
           .token_stride = shape.head_dim,
-          .head_stride = head,
+          .head_stride = 2 * head,
           .block_table = tables_.pages(),
           .block_table_stride = tables_.max_pages(),
           .length = tables_.length()};

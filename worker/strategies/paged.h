@@ -1,7 +1,7 @@
 // Paged KV cache (Kwon et al. 2023; vLLM): all keys and values on the device, in pages of
 // block_size tokens that any sequence may have.
 //
-// A page holds block_size tokens of all layers: [L][key, value][Hk][block_size][d], one contiguous
+// A page holds block_size tokens of all layers: [L][Hk][key, value][block_size][d], one contiguous
 // piece, so that a page is copied or swapped in one transfer. A sequence takes a page when its last
 // one is full; when none is free the batcher preempts, and the victim computes its tokens again or
 // waits with its pages on the host.

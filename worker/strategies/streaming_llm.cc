@@ -88,12 +88,12 @@ KvView StreamingLlmStrategy::View(int32_t layer) const {
   const int64_t side = head * context_.shape.kv_heads;
   std::byte* key = memory_ + 2 * side * layer * bytes;
   return {.key = key,
-          .value = key + side * bytes,
+          .value = key + head * bytes,
           .dtype = context_.kv_dtype,
           .block_size = layout.page_tokens,
           .block_stride = 2 * side * context_.shape.layers,
           .token_stride = context_.shape.head_dim,
-          .head_stride = head,
+          .head_stride = 2 * head,
           .block_table = tables_.pages(),
           .block_table_stride = tables_.max_pages(),
           .length = tables_.length()};

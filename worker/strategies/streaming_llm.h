@@ -5,7 +5,7 @@
 //
 // It is H2O without scores: the same budget, closed form of slots and memory plan, with every heavy
 // slot a sink. So its manager is H2O's, over slots that hold keys and values alone. A page holds 16
-// slots of all layers, [L][key, value][Hk][16][d]; all that a request will ever take is reserved at
+// slots of all layers, [L][Hk][key, value][16][d]; all that a request will ever take is reserved at
 // admission.
 #ifndef KVSWEEP_WORKER_STRATEGIES_STREAMING_LLM_H_
 #define KVSWEEP_WORKER_STRATEGIES_STREAMING_LLM_H_

@@ -78,7 +78,7 @@ Outcome DecodeCase(Side& side, Random& random) {
   shape.head_dim = Pick(random, {8, 48, 64, 64, 80, 128, 128, 128});
   shape.dtype = PickKvType(random);
   shape.block_size = Pick(random, {1, 4, 16, 16, 48, 64});
-  shape.layout = Between(random, 0, 2);
+  shape.layout = Between(random, 0, 3);
   shape.table = random.Bernoulli(0.9);
   shape.lengths = Pick<std::vector<int32_t>>(
       random, {{0}, {1}, {15, 16, 17}, {63, 64, 65}, {5, -1, 33, 0}, {200, 3}, {700, 129, 256}});
@@ -178,7 +178,7 @@ Outcome PrefillCase(Side& side, Random& random) {
   shape.head_dim = Pick(random, {8, 48, 64, 64, 80, 128, 128, 128});
   shape.dtype = PickKvType(random);
   shape.block_size = Pick(random, {1, 4, 16, 16, 48});
-  shape.layout = Between(random, 0, 2);
+  shape.layout = Between(random, 0, 3);
   const int32_t history = Pick(random, {0, 0, 1, 17, 64, 100, 256});
   shape.lengths = {3, history};
   const View view = MakeView(side, random, shape);

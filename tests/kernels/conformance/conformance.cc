@@ -246,10 +246,13 @@ View MakeView(Side& side, Random& random, const ViewShape& shape) {
   view.block_size = shape.table ? shape.block_size : static_cast<int32_t>(room);
   const int64_t table_stride = shape.table ? (room + view.block_size - 1) / view.block_size : 1;
   const int64_t blocks = rows * table_stride;
-  const int64_t parts = shape.layout == 2 ? 2 : 1;
-  if (shape.layout == 0) {
+  const int64_t parts = shape.layout >= 2 ? 2 : 1;
+  const bool by_head = shape.layout == 0 || shape.layout == 3;
+  // From a key to its value, where both are in one pool.
+  const int64_t value_distance = (by_head ? view.block_size : int64_t{1}) * shape.head_dim;
+  if (by_head) {
     view.token_stride = shape.head_dim;
-    view.head_stride = int64_t{view.block_size} * shape.head_dim;
+    view.head_stride = parts * view.block_size * shape.head_dim;
   } else {
     view.head_stride = parts * shape.head_dim;
     view.token_stride = parts * width;
@@ -276,7 +279,7 @@ View MakeView(Side& side, Random& random, const ViewShape& shape) {
   const int64_t size = DTypeBytes(shape.dtype);
   for (int part = 0; part < (shape.with_values ? 2 : 1); ++part) {
     std::vector<std::byte> pool(static_cast<size_t>(made.elements * size), std::byte{0xff});
-    const int64_t behind = made.joined && part == 1 ? shape.head_dim : 0;
+    const int64_t behind = made.joined && part == 1 ? value_distance : 0;
     if (made.joined && part == 1) {
       // Values are written into the keys' pool.
       pool = side.Get(view.key, made.elements * size);
@@ -296,7 +299,7 @@ View MakeView(Side& side, Random& random, const ViewShape& shape) {
     std::byte* const placed = side.Put(pool, shape.tier);
     if (made.joined) {
       view.key = placed;
-      view.value = shape.with_values ? placed + shape.head_dim * size : nullptr;
+      view.value = shape.with_values ? placed + value_distance * size : nullptr;
     } else {
       (part == 0 ? view.key : view.value) = placed;
     }

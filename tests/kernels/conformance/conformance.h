@@ -137,7 +137,9 @@ struct ViewShape {
   DType dtype = DType::kBf16;
   bool with_values = true;
   int32_t room = 0;    // token slots of a row beyond its length
-  int32_t layout = 0;  // 0: head by head, 1: token by token, 2: as 1, a value behind its key
+  // 0: head by head, 1: token by token, 2: as 1, a value behind its key,
+  // 3: as 0, a head's values in a block behind its keys
+  int32_t layout = 0;
   bool table = true;   // false: contiguous rows without a block table
   Tier tier = Tier::kDevice;
 };

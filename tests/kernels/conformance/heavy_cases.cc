@@ -38,7 +38,7 @@ Outcome PruneCase(Side& side, Random& random) {
   shape.head_dim = Pick(random, {5, 8, 48, 80, 64, 128});
   shape.block_size = Pick(random, {5, 16, 64});
   shape.dtype = PickKvType(random);
-  shape.layout = Between(random, 0, 1);
+  shape.layout = Pick(random, {0, 1, 3});
   const int32_t tokens = Pick(random, {1, budget_tokens, budget_tokens + 1, budget_tokens + 7,
                                        2 * budget_tokens + 3, 33, 300, 1500});
   shape.lengths = {3, tokens};

@@ -22,7 +22,7 @@ Outcome GatherCase(Side& side, Random& random) {
   source_shape.head_dim = Pick(random, {5, 8, 40, 64, 128});
   source_shape.block_size = Pick(random, {4, 16, 64});
   source_shape.dtype = PickKvType(random);
-  source_shape.layout = Between(random, 0, 2);
+  source_shape.layout = Between(random, 0, 3);
   source_shape.tier = random.Bernoulli(0.5) ? Tier::kHost : Tier::kDevice;
   source_shape.lengths = Pick<std::vector<int32_t>>(random, {{1}, {17, 40}, {300, -1, 64}, {900}});
   const bool is_wide = random.Bernoulli(0.03);
@@ -31,7 +31,7 @@ Outcome GatherCase(Side& side, Random& random) {
   ViewShape target_shape = source_shape;
   target_shape.tier = Tier::kDevice;
   target_shape.block_size = Pick(random, {16, 48});
-  target_shape.layout = Between(random, 0, 1);
+  target_shape.layout = Pick(random, {0, 1, 3});
   target_shape.table = random.Bernoulli(0.5);
   const int32_t rows = static_cast<int32_t>(source_shape.lengths.size());
   const int32_t kv_heads = source_shape.kv_heads;
@@ -83,7 +83,7 @@ Outcome CopyTileCase(Side& side, Random& random) {
   source_shape.head_dim = Pick(random, {5, 8, 64, 128});
   source_shape.block_size = Pick(random, {4, 16, 64});
   source_shape.dtype = PickKvType(random);
-  source_shape.layout = Between(random, 0, 2);
+  source_shape.layout = Between(random, 0, 3);
   source_shape.tier = random.Bernoulli(0.5) ? Tier::kHost : Tier::kDevice;
   source_shape.lengths =
       Pick<std::vector<int32_t>>(random, {{1}, {0, 17, 40}, {300, -1, 64}, {500}});
@@ -104,7 +104,7 @@ Outcome CopyTileCase(Side& side, Random& random) {
   ViewShape target_shape = source_shape;
   target_shape.tier = Tier::kDevice;
   target_shape.block_size = Pick(random, {16, 48});
-  target_shape.layout = Between(random, 0, 1);
+  target_shape.layout = Pick(random, {0, 1, 3});
   target_shape.table = random.Bernoulli(0.5);
   target_shape.lengths.assign(args.rows, 0);
   target_shape.room = is_wide ? 16 : 256;
@@ -133,8 +133,8 @@ Outcome AppendCase(Side& side, Random& random) {
   shape.head_dim = Pick(random, {5, 8, 40, 64, 128});
   shape.block_size = Pick(random, {4, 16, 64});
   shape.dtype = PickKvType(random);
-  shape.layout = Between(random, 0, 2);
-  shape.with_values = shape.layout == 2 || random.Bernoulli(0.8);
+  shape.layout = Between(random, 0, 3);
+  shape.with_values = shape.layout >= 2 || random.Bernoulli(0.8);
   shape.tier = random.Bernoulli(0.3) ? Tier::kHost : Tier::kDevice;
   shape.lengths = {0, 20, -1, 64};
   shape.room = 70;
@@ -197,7 +197,7 @@ Outcome RotateAndAppendCase(Side& side, Random& random) {
   shape.head_dim = Pick(random, {2, 8, 40, 64, 128});
   shape.block_size = Pick(random, {4, 16, 64});
   shape.dtype = PickKvType(random);
-  shape.layout = Between(random, 0, 2);
+  shape.layout = Between(random, 0, 3);
   shape.tier = random.Bernoulli(0.1) ? Tier::kHost : Tier::kDevice;
   shape.lengths = {0, 20, -1, 64};
   shape.room = 70;
