@@ -357,8 +357,7 @@ bool IsPanelProductFaster(const GemmArgs& args, const LaunchContext& context) {
   if (args.rows > kPanelRows) return false;
   if (args.rows > kHopperSkinnyRows) return true;
   // Of fewer outputs a block, mma.sync keeps up with 32 rows.
-  return args.rows > kHopperSkinnyRows / 2 &&
-         DivideUp(args.out_columns, kTileOutputs) > 2 * context.multiprocessors;
+  return args.rows > 8 && DivideUp(args.out_columns, kTileOutputs) > 2 * context.multiprocessors;
 }
 
 cudaError_t LaunchPanelProduct(const GemmArgs& args, const LaunchContext& context) {
