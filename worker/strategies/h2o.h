@@ -3,10 +3,11 @@
 // probability accumulated over all queries so far. What is evicted is gone.
 //
 // A page holds `page_tokens` slots of all evicting layers, for each layer
-// [heads][key, value][slots][d], then scores (f32), original positions (i32) and, for rolling positions,
-// ranks (i32), [heads][slots] each; with tier: host the keys and values lie in a host page of the
-// same number. heads are the KV heads, or the query heads where each votes for itself. Layers that
-// keep everything (full_layers) have pages of their own, [layer][Hk][key, value][tokens][d].
+// [heads][key, value][slots][d], then scores (f32), original positions (i32) and, for rolling
+// positions, ranks (i32), [heads][slots] each; with tier: host the keys and values lie in a host
+// page of the same number. heads are the KV heads, or the query heads where each votes for itself.
+// Layers that keep everything (full_layers) have pages of their own,
+// [layer][Hk][key, value][tokens][d].
 //
 // During the prompt slots are in order of position. After it they are H2O's closed form: position
 // p < heavy in slot p, a later recent one in slot heavy + ((p - heavy) mod recent), heavy hitters
