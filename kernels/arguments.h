@@ -193,6 +193,15 @@ struct DecodeAttentionArgs {
   float scale = 1.0f;
 };
 
+// Append of the rows' own keys and values, turned with the queries first where append.rotary says so,
+// and decode attention over what was stored before and those: the same rows, keys and values in
+// both, stored in the view's pool. A row that is not active stores nothing (its table_row is -1).
+// Whether append.rotary.data holds turned rows afterwards is left open.
+struct AppendAndAttendArgs {
+  AppendArgs append;
+  DecodeAttentionArgs attention;
+};
+
 // The rows of one prompt's chunk against earlier tokens (all of them, from a view) and, causally,
 // against the chunk itself. Eager only: the counts are host values. With neither history nor chunk
 // keys the result is 0.

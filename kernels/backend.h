@@ -175,6 +175,11 @@ class Backend {
   virtual void Argmax(const ArgmaxArgs& args, Stream stream) = 0;
   virtual void Append(const AppendArgs& args, Stream stream) = 0;
   virtual void DecodeAttention(const DecodeAttentionArgs& args, Stream stream) = 0;
+  // Append and DecodeAttention in turn, unless a backend does them in one.
+  virtual void AppendAndAttend(const AppendAndAttendArgs& args, Stream stream) {
+    Append(args.append, stream);
+    DecodeAttention(args.attention, stream);
+  }
   virtual void PrefillAttention(const PrefillAttentionArgs& args, Stream stream) = 0;
   virtual void ColumnSum(const ColumnSumArgs& args, Stream stream) = 0;
   virtual void PruneHeavy(const PruneHeavyArgs& args, Stream stream) = 0;

@@ -11,15 +11,6 @@ namespace {
 constexpr int kThreads = 256;
 static_assert(kThreads == kRotaryThreads);
 
-// Whether the table has the slot: one that it does not have is never written.
-__device__ __forceinline__ bool HasSlot(const KvView& target, int64_t table_row, int32_t slot) {
-  const int32_t block = slot / target.block_size;
-  if (slot < 0) return false;
-  if (target.block_table == nullptr) return block < 1;
-  return block < target.block_table_stride &&
-         target.block_table[table_row * target.block_table_stride + block] >= 0;
-}
-
 // Elements of T that lie together. More than one: the pool has the same format, nothing is
 // converted.
 template <typename T, int kWidth>

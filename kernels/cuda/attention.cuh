@@ -64,6 +64,16 @@ struct AttentionResult {
     return softmax;
   }
 
+  // The same of elements i .. i + 3.
+  __device__ __forceinline__ Softmax WriteFour(int64_t row, int32_t head, int32_t i,
+                                               const float4& value, Softmax softmax) const {
+    const float element[4] = {value.x, value.y, value.z, value.w};
+    Softmax merged;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) merged = Write(row, head, i + c, element[c], softmax);
+    return merged;
+  }
+
   // What one thread of the head writes, after all of its threads have passed Write.
   __device__ __forceinline__ void WriteSums(int64_t row, int32_t head, Softmax softmax) const {
     const int64_t index = row * query_heads + head;

@@ -112,6 +112,7 @@ class CudaBackend : public Backend {
   void DecodeAttention(const DecodeAttentionArgs& args, Stream stream) override {
     Run(args, stream);
   }
+  void AppendAndAttend(const AppendAndAttendArgs& args, Stream stream) override;
   void PrefillAttention(const PrefillAttentionArgs& args, Stream stream) override {
     Run(args, stream);
   }
@@ -446,6 +447,16 @@ void CudaBackend::GatedGemm(const GatedGemmArgs& args, Stream stream) {
   cpu::CheckArguments(args.product);
   const Scope scope(*this, "GatedGemm", stream);
   Note(cuda::Launch(args, ReadyKernel(stream)), "GatedGemm");
+}
+
+void CudaBackend::AppendAndAttend(const AppendAndAttendArgs& args, Stream stream) {
+  const bool in_one = args.append.rows > 0 && !OnHost(args.append.target.key) &&
+                      cuda::CanAppendAndAttend(args, context_[static_cast<int>(stream)]);
+  if (!in_one) return Backend::AppendAndAttend(args, stream);
+  cpu::CheckArguments(args.append);
+  cpu::CheckArguments(args.attention);
+  const Scope scope(*this, "AppendAndAttend", stream);
+  Note(cuda::Launch(args, ReadyKernel(stream)), "AppendAndAttend");
 }
 
 void CudaBackend::CountLink(Link link, uint64_t bytes) {

@@ -9,13 +9,15 @@
 // depends on who came when.
 //
 // Stored keys and values were written by earlier steps, or by what an ordinary launch waits for:
-// the first tiles are asked for before the kernel ahead, which turns this step's keys, has ended.
+// the first tiles are asked for before the kernel ahead, which makes this step's keys, has ended.
+// The row's own key and value come from the activations; they may be turned and stored on the way.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/rotary.cuh"
 
 namespace kvsweep::cuda {
 namespace {
@@ -224,39 +226,39 @@ struct ClusterSums {
 };
 
 // Joins the splits of a cluster's blocks, in order; each block that has one takes some heads, each
-// warp one at a time. Between two meetings of the cluster.
+// warp one at a time. Between two meetings of the cluster. Another block's memory is far away, so
+// everything of it is asked for before anything is used.
+template <int D>
 __device__ __forceinline__ void JoinCluster(const Team& team, const ClusterSums& sums,
-                                            const Part& part, int32_t group, int32_t head_dim,
+                                            const Part& part, int32_t group,
                                             const AttentionResult& result, const Scores& scores) {
   const int lane = threadIdx.x % 32;
+  const int i = lane * 4;
   for (int q = part.split + part.used * (static_cast<int>(threadIdx.x) / 32); q < group;
        q += part.used * kWarps) {
     const int32_t head = part.head * group + q;
+    float4 piece[kMostClusterBlocks];
+#pragma unroll
+    for (int s = 0; s < kMostClusterBlocks; ++s) {
+      if (s >= part.used || i >= D) continue;
+      piece[s] = team.Of(*reinterpret_cast<const float4*>(sums.output + q * D + i), s);
+    }
     const Softmax mine = lane < part.used ? team.Of(sums.softmax[q], lane) : Softmax{};
     const float highest = WarpMax(mine.maximum);
     const float factor = mine.sum == 0.0f ? 0.0f : exp2f(mine.maximum - highest);
     const Softmax softmax{highest, WarpSum(mine.sum * factor)};
-    Softmax merged = softmax;
-    for (int first = 0; first < head_dim; first += 128) {
-      const int i = first + lane * 4;
-      float4 value = {};
-#pragma unroll 8
-      for (int s = 0; s < part.used; ++s) {
-        const float share = __shfl_sync(~0u, factor, s);
-        if (i >= head_dim) continue;
-        const float4 piece =
-            team.Of(*reinterpret_cast<const float4*>(sums.output + q * head_dim + i), s);
-        value.x += piece.x * share;
-        value.y += piece.y * share;
-        value.z += piece.z * share;
-        value.w += piece.w * share;
-      }
-      if (i >= head_dim) continue;
-      const float element[4] = {value.x, value.y, value.z, value.w};
+    float4 value = {};
 #pragma unroll
-      for (int c = 0; c < 4; ++c) merged = result.Write(part.row, head, i + c, element[c], softmax);
+    for (int s = 0; s < kMostClusterBlocks; ++s) {
+      const float share = __shfl_sync(~0u, factor, s);
+      if (s >= part.used || i >= D) continue;
+      value.x += piece[s].x * share;
+      value.y += piece[s].y * share;
+      value.z += piece[s].z * share;
+      value.w += piece[s].w * share;
     }
-    __syncwarp();
+    Softmax merged = softmax;
+    if (i < D) merged = result.WriteFour(part.row, head, i, value, softmax);
     if (lane == 0) {
       result.WriteSums(part.row, head, merged);
       scores.LeaveSums(part, head, merged);
@@ -316,8 +318,8 @@ struct TileLoader {
     return whole_blocks && has_entry ? BlockOffset(first) : 0;
   }
 
-  // Starts the copies of tokens first .. first + 15, which LookUp found at `block`, into the stage
-  // that begins `offset` bytes behind stage 0; what lies past the end becomes zero.
+  // Starts the copies of the stored ones of tokens first .. first + 15, which LookUp found at
+  // `block`, into the stage that begins `offset` bytes behind stage 0; all else becomes zero.
   __device__ __forceinline__ void Issue(int32_t first, int64_t block, uint32_t offset) const {
     const uint32_t key_target = target + offset;
     constexpr uint32_t kValues = kTile * D * sizeof(T);
@@ -336,69 +338,150 @@ struct TileLoader {
       }
       return;
     }
-    const int lane_column = threadIdx.x % 32 % kChunks * 8;
+    const int32_t end = min(part.end, part.stored);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const int32_t token = first + row_of_lane + s * kRows;
-      const T* from_key = key;
-      const T* from_value = value;
-      if (token < part.stored) {
-        const int64_t at = BlockOffset(token) + token % args.view.block_size * stride;
-        from_key += at;
-        from_value += at;
-      } else if (token < part.attended) {
-        const int64_t column = int64_t{part.head} * D + lane_column;
-        from_key = static_cast<const T*>(args.current_key.data) +
-                   part.row * args.current_key.stride + column;
-        from_value = static_cast<const T*>(args.current_value.data) +
-                     part.row * args.current_value.stride + column;
-      }
-      CopyAsync(place(s), from_key, token < part.end);
-      CopyAsync(place(s) + kValues, from_value, token < part.end);
+      int64_t at = 0;
+      if (token < end) at = BlockOffset(token) + token % args.view.block_size * stride;
+      CopyAsync(place(s), key + at, token < end);
+      CopyAsync(place(s) + kValues, value + at, token < end);
     }
   }
 };
 
-// [rows, Hq, d] x [n, Hk, d] -> scores [g, 16] a tile -> output [g, d] a warp -> a block -> a row.
+// The current token's key and value of a row and KV head, as one warp holds them: lane l has
+// columns 2 l and 2 l + 1 of either half.
 template <typename T, int D>
-constexpr int kStages = D <= 64 ? 6 : 3;
+struct OwnToken {
+  static constexpr int kHalf = D / 2;
+  uint32_t key[2];  // of the lower half, of the upper half
+  uint32_t value[2];
+
+  static __device__ __forceinline__ bool HasColumns() { return threadIdx.x % 32 * 2 < kHalf; }
+
+  __device__ __forceinline__ void Load(const DecodeAttentionArgs& args, const Part& part) {
+    if (!HasColumns()) return;
+    const int64_t column = int64_t{part.head} * D + threadIdx.x % 32 * 2;
+    const T* const from_key =
+        static_cast<const T*>(args.current_key.data) + part.row * args.current_key.stride + column;
+    const T* const from_value = static_cast<const T*>(args.current_value.data) +
+                                part.row * args.current_value.stride + column;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      key[half] = *reinterpret_cast<const uint32_t*>(from_key + half * kHalf);
+      value[half] = *reinterpret_cast<const uint32_t*>(from_value + half * kHalf);
+    }
+  }
+  // Into a pool, `offset` elements behind its key and its value.
+  __device__ __forceinline__ void Store(const KvView& target, int64_t offset) const {
+    if (!HasColumns()) return;
+    offset += threadIdx.x % 32 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = offset + half * kHalf;
+      *reinterpret_cast<uint32_t*>(reinterpret_cast<T*>(target.key) + at) = key[half];
+      *reinterpret_cast<uint32_t*>(reinterpret_cast<T*>(target.value) + at) = value[half];
+    }
+  }
+  // As row `row` of a tile in shared memory.
+  __device__ __forceinline__ void Place(unsigned char* tile, int row) const {
+    if (!HasColumns()) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = half * kHalf + threadIdx.x % 32 * 2;
+      unsigned char* const at =
+          tile + row * D * sizeof(T) + Exchanged(column / 8, row) + column % 8 * sizeof(T);
+      *reinterpret_cast<uint32_t*>(at) = key[half];
+      *reinterpret_cast<uint32_t*>(at + kTile * D * sizeof(T)) = value[half];
+    }
+  }
+};
+
+// Turns columns c, c + 1 (low) and those half a head further (high) of a row of T.
+template <typename T>
+__device__ __forceinline__ void TurnWords(uint32_t& low, uint32_t& high, const float* cosine,
+                                          const float* sine) {
+  using Two = Vector<T, 2>;
+  Two& first = reinterpret_cast<Two&>(low);
+  Two& second = reinterpret_cast<Two&>(high);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float x = ToFloat(first.element[e]);
+    float y = ToFloat(second.element[e]);
+    TurnPair(x, y, cosine[e], sine[e]);
+    first.element[e] = FromFloat<T>(x);
+    second.element[e] = FromFloat<T>(y);
+  }
+}
+
+// [rows, Hq, d] x [n, Hk, d] -> scores [g, 16] a tile -> output [g, d] a warp -> a block -> a row.
+//
+// Two stages of 8 KB a warp: with three, steps of many rows took up to 3 % longer (H200), and with
+// one and a half, keys and values apart, up to 5 %.
+template <typename T, int D>
+constexpr int kStages = D <= 64 ? 4 : 2;
 template <typename T, int D>
 constexpr int kSharedBytes = kWarps* kStages<T, D> * 2 * kTile* D* static_cast<int>(sizeof(T));
 
+// `append`: rows 0: nothing is turned or stored.
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, 2)
     DecodeAttentionKernel(const __grid_constant__ DecodeAttentionArgs args,
+                          const __grid_constant__ AppendArgs append,
                           const __grid_constant__ Splits splits,
                           const __grid_constant__ AttentionResult result,
                           const __grid_constant__ Scores scores, bool clustered) {
   constexpr int kStageElements = 2 * kTile * D;  // keys, then values
   constexpr int kPipeline = kStages<T, D>;
   extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ float cosine[D / 2];
+  __shared__ float sine[D / 2];
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int group = args.query_heads / args.kv_heads;
   ReleaseLaterKernels();
   const Part part = FindPart(args, args.kv_heads, 1);
   T* const stages = reinterpret_cast<T*>(shared) + warp * kPipeline * kStageElements;
-  TileLoader<T, D> loader(args, part, stages);
+  const TileLoader<T, D> loader(args, part, stages);
+  const bool needed = part.split < part.used;
   // Of a split that is needed, part.begin is this too.
   const int32_t first_tile = part.split * args.plan.split_tokens + warp * kTile;
   const auto tile = [&](int s) { return first_tile + s * kWarps * kTile; };
-  int64_t blocks[kPipeline];  // of the first tiles
+  int64_t blocks[kPipeline + 1];  // of the first tiles
 #pragma unroll
-  for (int s = 0; s < kPipeline; ++s) blocks[s] = loader.LookUp(tile(s));
-  const auto issue_first = [&](int s) {
-    if (tile(s) < part.end) loader.Issue(tile(s), blocks[s], s * kStageElements * sizeof(T));
+  for (int s = 0; s <= kPipeline; ++s) blocks[s] = loader.LookUp(tile(s));
+#pragma unroll
+  for (int s = 0; s < kPipeline; ++s) {
+    if (needed && tile(s) < part.end) {
+      loader.Issue(tile(s), blocks[s], s * kStageElements * sizeof(T));
+    }
     CommitCopies();
-  };
-  const bool needed = part.split < part.used;
-  // Of the first tiles, those without the current token.
-  bool early[kPipeline - 1];
-#pragma unroll
-  for (int s = 0; s < kPipeline - 1; ++s) {
-    early[s] = needed && min(tile(s) + kTile, part.end) <= part.stored;
-    if (early[s]) issue_first(s);
   }
+  int64_t next = blocks[kPipeline];
+  // The own token, which stands behind the stored ones, is one warp's of one split.
+  const bool has_own = part.attended > part.stored && part.begin <= part.stored &&
+                       part.stored < part.end &&
+                       (part.stored - part.begin) / kTile % kWarps == warp;
+  const bool turns = append.rows > 0 && append.rotary.data.data != nullptr;
+  if (turns && threadIdx.x < D / 2) {
+    FindAngle(append.rotary, part.row, threadIdx.x, &sine[threadIdx.x], &cosine[threadIdx.x]);
+  }
+  int64_t own_offset = -1;  // in the pool; -1: it is not stored
+  if (has_own && append.rows > 0) {
+    const int64_t table_row = append.table_row[part.row];
+    const int32_t slot = append.slot[part.row];
+    if (table_row >= 0 && HasSlot(append.target, table_row, slot)) {
+      own_offset = KvOffset(append.target, table_row, slot, part.head);
+    }
+  }
+  if (turns) __syncthreads();
+  // What is read of the arguments only at the end: a first reading of constants takes its time.
+  asm volatile("" ::"l"(result.out.data), "l"(result.out.stride), "l"(result.partial.sum),
+               "r"(result.head_dim), "r"(static_cast<int>(result.accumulate)),
+               "l"(result.log_sum_exp), "l"(scores.probability), "l"(scores.left_to),
+               "l"(splits.output), "l"(splits.arrivals), "l"(args.current_value.data),
+               "l"(args.query.data), "f"(args.scale), "l"(args.probability));
   WaitForEarlierKernels();
   const bool exchanges = clustered && part.used > 1;
   const Team team = clustered ? ClusterTeam() : Team{1, 0};
@@ -409,14 +492,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     return;
   }
-#pragma unroll
-  for (int s = 0; s < kPipeline - 1; ++s) {
-    if (!early[s]) issue_first(s);
-  }
-  int64_t next = blocks[kPipeline - 1];
 
   // Rows of the product are the group's heads: this lane holds row lane / 4.
   uint32_t query[D / 16][2];
+  OwnToken<T, D> own;
   {
     const int q = lane / 4;
     const T* const from = static_cast<const T*>(args.query.data) + part.row * args.query.stride +
@@ -425,6 +504,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int k = 0; k < D / 16; ++k) {
       query[k][0] = q < group ? *reinterpret_cast<const uint32_t*>(from + k * 16) : 0;
       query[k][1] = q < group ? *reinterpret_cast<const uint32_t*>(from + k * 16 + 8) : 0;
+    }
+    if (has_own) own.Load(args, part);
+    if (turns) {
+#pragma unroll
+      for (int k = 0; k < D / 32; ++k) {
+#pragma unroll
+        for (int eight = 0; eight < 2; ++eight) {
+          const int column = k * 16 + eight * 8 + lane % 4 * 2;
+          TurnWords<T>(query[k][eight], query[k + D / 32][eight], cosine + column, sine + column);
+        }
+      }
+      if (has_own) {
+        const int column = lane * 2 % (D / 2);
+        TurnWords<T>(own.key[0], own.key[1], cosine + column, sine + column);
+      }
     }
   }
   const float scale = args.scale * kLog2E;
@@ -446,31 +540,29 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   int stage = 0;
   for (int32_t first = first_tile; first < part.end; first += kWarps * kTile) {
-    WaitCopies<kPipeline - 2>();
-    __syncwarp();
-    {
-      const int32_t ahead = first + (kPipeline - 1) * kWarps * kTile;
-      const int free = stage == 0 ? kPipeline - 1 : stage - 1;
-      if (ahead < part.end) {
-        loader.Issue(ahead, next, free * kStageElements * sizeof(T));
-        next = loader.LookUp(ahead + kWarps * kTile);
-      }
-      CommitCopies();
-    }
     const uint32_t offset = stage * kStageElements * sizeof(T);
+    WaitCopies<kPipeline - 1>();
+    __syncwarp();
+    if (has_own && part.stored - first < kTile && part.stored >= first) {
+      own.Place(reinterpret_cast<unsigned char*>(stages) + offset, part.stored - first);
+      __syncwarp();
+    }
     float score[2][2] = {};
+    float other[2][2] = {};  // of every second product: each waits for the one before it
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
       uint32_t b[4];
       LoadMatrices(b, key_address + offset + (key_column ^ k * 32));
-      MultiplyEight<T>(score[0][0], score[0][1], query[k][0], query[k][1], b[0], b[1]);
-      MultiplyEight<T>(score[1][0], score[1][1], query[k][0], query[k][1], b[2], b[3]);
+      float(&to)[2][2] = k % 2 == 0 ? score : other;
+      MultiplyEight<T>(to[0][0], to[0][1], query[k][0], query[k][1], b[0], b[1]);
+      MultiplyEight<T>(to[1][0], to[1][1], query[k][0], query[k][1], b[2], b[3]);
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int32_t token = first + n * 8 + lane % 4 * 2 + c;
+        score[n][c] += other[n][c];
         if (probability != nullptr && token < part.end) {
           probability[Entry(args, part, token)] = score[n][c] * args.scale;
         }
@@ -506,78 +598,90 @@ __global__ void __launch_bounds__(kThreads, 2)
       MultiplyEight<T>(output[2 * n][0], output[2 * n][1], weight0, weight1, b[0], b[1]);
       MultiplyEight<T>(output[2 * n + 1][0], output[2 * n + 1][1], weight0, weight1, b[2], b[3]);
     }
+    __syncwarp();  // the stage has been read
+    const int32_t ahead = first + kPipeline * kWarps * kTile;
+    if (ahead < part.end) {
+      loader.Issue(ahead, next, offset);
+      next = loader.LookUp(ahead + kWarps * kTile);
+    }
+    CommitCopies();
     stage = stage == kPipeline - 1 ? 0 : stage + 1;
   }
   WaitCopies<0>();
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);
 
-  // The warps' results meet in shared memory.
-  __shared__ float warp_maximum[kWarps][kHeads];
-  __shared__ float warp_sum[kWarps][kHeads];
+  // The warps' results meet in shared memory, each where the warp's stages were, and the block's
+  // behind the first one's.
+  __shared__ Softmax warp_softmax[kWarps][kHeads];
   __shared__ Softmax joined[kHeads];
-  float* const warp_output = reinterpret_cast<float*>(shared);  // [kWarps, kHeads, d]
-  const ClusterSums sums{.output = warp_output + kWarps * kHeads * D, .softmax = joined};
-  __syncthreads();
+  constexpr int kWarpFloats = kPipeline * kStageElements * static_cast<int>(sizeof(T)) / 4;
+  static_assert(2 * kHeads * D <= kWarpFloats);
+  float* const warp_output = reinterpret_cast<float*>(shared);  // [kWarps, kWarpFloats]
+  const ClusterSums sums{.output = warp_output + kHeads * D, .softmax = joined};
+  __syncwarp();
   if (lane / 4 < group) {
-    float* const line = warp_output + (warp * kHeads + lane / 4) * D + lane % 4 * 2;
+    float* const line = warp_output + warp * kWarpFloats + lane / 4 * D + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
       *reinterpret_cast<float2*>(line + n * 8) = make_float2(output[n][0], output[n][1]);
     }
-    if (lane % 4 == 0) {
-      warp_maximum[warp][lane / 4] = maximum;
-      warp_sum[warp][lane / 4] = sum;
-    }
+    if (lane % 4 == 0) warp_softmax[warp][lane / 4] = {maximum, sum};
   }
   __syncthreads();
   const int64_t first_part = (int64_t{part.pair} * args.plan.splits + part.split) * group;
-  for (int e = threadIdx.x; e < group * D; e += kThreads) {
-    const int q = e / D;
-    const int i = e % D;
+  for (int e = threadIdx.x; e < group * (D / 4); e += kThreads) {
+    const int q = e / (D / 4);
+    const int i = e % (D / 4) * 4;
     float highest = -INFINITY;
-    for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, warp_maximum[w][q]);
-    float value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, warp_softmax[w][q].maximum);
+    float4 value = {};
     float total = 0.0f;
+#pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float share = warp_sum[w][q] == 0.0f ? 0.0f : exp2f(warp_maximum[w][q] - highest);
-      value += warp_output[(w * kHeads + q) * D + i] * share;
-      total += warp_sum[w][q] * share;
+      const Softmax of_warp = warp_softmax[w][q];
+      const float share = of_warp.sum == 0.0f ? 0.0f : exp2f(of_warp.maximum - highest);
+      const float4 piece =
+          *reinterpret_cast<const float4*>(warp_output + w * kWarpFloats + q * D + i);
+      value.x += piece.x * share;
+      value.y += piece.y * share;
+      value.z += piece.z * share;
+      value.w += piece.w * share;
+      total += of_warp.sum * share;
     }
     if (part.used == 1) {
       const int32_t head = part.head * group + q;
-      const Softmax softmax = result.Write(part.row, head, i, value, {highest, total});
+      const Softmax softmax = result.WriteFour(part.row, head, i, value, {highest, total});
       if (i == 0) joined[q] = softmax;
-    } else if (exchanges) {
-      sums.output[e] = value;
-      if (i == 0) sums.softmax[q] = {highest, total};
-    } else {
-      splits.output[(first_part + q) * D + i] = value;
-      if (i == 0) {
-        splits.maximum[first_part + q] = highest;
-        splits.sum[first_part + q] = total;
-      }
+      continue;
     }
+    float* const to = exchanges ? sums.output + q * D : splits.output + (first_part + q) * D;
+    *reinterpret_cast<float4*>(to + i) = value;
+    if (i > 0) continue;
+    joined[q] = {highest, total};
+    if (exchanges) continue;
+    splits.maximum[first_part + q] = highest;
+    splits.sum[first_part + q] = total;
   }
   if (exchanges) {
     team.Meet();
-    JoinCluster(team, sums, part, group, D, result, scores);
+    JoinCluster<D>(team, sums, part, group, result, scores);
     team.Meet();  // nobody reads this block's sums any more
+    // Not before: a meeting waits for all stores.
+    if (own_offset >= 0) own.Store(append.target, own_offset);
     return;
   }
+  if (own_offset >= 0) own.Store(append.target, own_offset);
   if (part.used > 1) {
     if (!ArrivesLast(splits, part)) return;
     float* const share = reinterpret_cast<float*>(shared);
     __shared__ Softmax parts[kHeads];
     JoinSplits(splits, part, args.plan.splits, group, D, share, parts,
-               [&](int q, int i, const float4& value, int width) {
-                 const float element[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-                 for (int c = 0; c < 4; ++c) {
-                   const Softmax merged =
-                       result.Write(part.row, part.head * group + q, i + c, element[c], parts[q]);
-                   if (i + c == 0) joined[q] = merged;
-                 }
+               [&](int q, int i, const float4& value, int) {
+                 const Softmax merged =
+                     result.WriteFour(part.row, part.head * group + q, i, value, parts[q]);
+                 if (i == 0) joined[q] = merged;
                });
   }
   __syncthreads();
@@ -661,16 +765,17 @@ __global__ void __launch_bounds__(kThreads)
 // ----------------------------------------------------------------------------------------
 // launchers
 
-// Whether the blocks of a pair are a cluster: where each has a multiprocessor to itself. Where two
-// share one, clusters start so much later that they lose what joining gains. For Hopper: other
-// devices may not have room for as many blocks.
+// Whether the blocks of a pair are a cluster: where each has a multiprocessor to itself, or where
+// they are two. Larger clusters of which two share a multiprocessor start so much later that they
+// lose more than joining gains. For Hopper: other devices may not have room for as many blocks.
 bool IsClustered(int64_t pairs, int64_t splits, int64_t multiprocessors) {
-  return splits > 1 && splits <= kMostClusterBlocks && pairs * splits <= multiprocessors;
+  const int64_t room = splits == 2 ? 2 * multiprocessors : multiprocessors;
+  return splits > 1 && splits <= kMostClusterBlocks && pairs * splits <= room;
 }
 
 template <typename T, int D>
-cudaError_t LaunchFast(const DecodeAttentionArgs& args, const Splits& splits,
-                       const AttentionResult& result, const Scores& scores,
+cudaError_t LaunchFast(const DecodeAttentionArgs& args, const AppendArgs& append,
+                       const Splits& splits, const AttentionResult& result, const Scores& scores,
                        const LaunchContext& context) {
   constexpr int kBytes = kSharedBytes<T, D>;
   static const cudaError_t configured = cudaFuncSetAttribute(
@@ -687,7 +792,7 @@ cudaError_t LaunchFast(const DecodeAttentionArgs& args, const Splits& splits,
   const auto blocks = static_cast<unsigned>(args.rows * args.kv_heads * args.plan.splits);
   return LaunchDependentClusters(context, DecodeAttentionKernel<T, D>, blocks, kThreads, kBytes,
                                  clustered ? static_cast<unsigned>(args.plan.splits) : 1, args,
-                                 splits, result, scores, clustered);
+                                 append, splits, result, scores, clustered);
 }
 
 // Whether the fast kernel takes this shape and these types.
@@ -705,12 +810,12 @@ bool IsFast(const DecodeAttentionArgs& args, DType dtype) {
 AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
                             bool batch_invariant, int multiprocessors) {
   constexpr int32_t kInvariantTokens = 1024;
-  constexpr int32_t kLeastTokens = 2 * kWarps * kTile;
+  constexpr int32_t kLeastTokens = kWarps * kTile;
   // What a block's start and end cost, joining blocks of a cluster, and joining through memory: in
   // tokens of a block's time where two share a multiprocessor.
   constexpr int64_t kStartTokens = 48;
   constexpr int64_t kClusterTokens = 24;
-  constexpr int64_t kMemoryTokens = 80;
+  constexpr int64_t kMemoryTokens = 200;
   if (batch_invariant) {
     const int32_t splits = (max_tokens + kInvariantTokens - 1) / kInvariantTokens;
     return {.splits = std::max(splits, 1), .split_tokens = kInvariantTokens};
@@ -746,7 +851,11 @@ AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
   return {.splits = static_cast<int32_t>(best), .split_tokens = static_cast<int32_t>(share(best))};
 }
 
-cudaError_t Launch(const DecodeAttentionArgs& given, const LaunchContext& context) {
+namespace {
+
+// `append`: as the fast kernel takes it.
+cudaError_t LaunchAppending(const DecodeAttentionArgs& given, const AppendArgs& append,
+                            const LaunchContext& context) {
   DecodeAttentionArgs args = given;
   if (args.plan.splits <= 1) args.plan = {.splits = 1, .split_tokens = 0};
   if (args.plan.splits > kMostSplits) return cudaErrorInvalidValue;
@@ -779,8 +888,8 @@ cudaError_t Launch(const DecodeAttentionArgs& given, const LaunchContext& contex
   cudaError_t error = cudaSuccess;
   if (IsFast(args, context.activation_dtype)) {
     error = args.head_dim == 64
-                ? LaunchFast<__nv_bfloat16, 64>(args, splits, result, scores, context)
-                : LaunchFast<__nv_bfloat16, 128>(args, splits, result, scores, context);
+                ? LaunchFast<__nv_bfloat16, 64>(args, append, splits, result, scores, context)
+                : LaunchFast<__nv_bfloat16, 128>(args, append, splits, result, scores, context);
   } else {
     if (args.head_dim > 256) return cudaErrorInvalidValue;
     const int64_t blocks = heads * args.plan.splits;
@@ -793,6 +902,39 @@ cudaError_t Launch(const DecodeAttentionArgs& given, const LaunchContext& contex
   return LaunchDependent(AfterKernel(context), NormaliseKernel,
                          dim3(static_cast<unsigned>(heads), static_cast<unsigned>(pieces)),
                          kThreads, 0, args, scores);
+}
+
+}  // namespace
+
+cudaError_t Launch(const DecodeAttentionArgs& args, const LaunchContext& context) {
+  return LaunchAppending(args, {}, context);
+}
+
+bool CanAppendAndAttend(const AppendAndAttendArgs& args, const LaunchContext& context) {
+  const AppendArgs& append = args.append;
+  const DecodeAttentionArgs& attention = args.attention;
+  const RotaryArgs& rotary = append.rotary;
+  const int64_t query_bytes = int64_t{2} * attention.query_heads * attention.head_dim;
+  // Turned are the queries and, behind them, the keys.
+  const bool turns_both = rotary.data.data == attention.query.data &&
+                          rotary.data.stride == attention.query.stride &&
+                          rotary.heads == attention.query_heads + attention.kv_heads &&
+                          rotary.head_dim == attention.head_dim && rotary.rows == append.rows &&
+                          static_cast<std::byte*>(rotary.data.data) + query_bytes ==
+                              static_cast<std::byte*>(append.key.data);
+  const auto is_same = [](const Activations& one, const Activations& other) {
+    return one.data == other.data && one.stride == other.stride;
+  };
+  return IsFast(attention, context.activation_dtype) && append.rows == attention.rows &&
+         is_same(append.key, attention.current_key) &&
+         is_same(append.value, attention.current_value) && !append.slot_by_head &&
+         append.target.dtype == attention.view.dtype && IsAligned(append.target) &&
+         append.target.value != nullptr && context.link_bytes == nullptr &&
+         (rotary.data.data == nullptr || turns_both);
+}
+
+cudaError_t Launch(const AppendAndAttendArgs& args, const LaunchContext& context) {
+  return LaunchAppending(args.attention, args.append, context);
 }
 
 }  // namespace kvsweep::cuda

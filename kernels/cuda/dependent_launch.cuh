@@ -55,13 +55,18 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchDependentClusters(const LaunchContext& context, void (*kernel)(Parameters...),
                                     dim3 grid, dim3 threads, size_t shared_bytes, unsigned cluster,
                                     Arguments&&... arguments) {
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = context.stream;
   config.attrs = attributes;
+  // All kernels alike, since a multiprocessor takes no block of a kernel that wants shared memory
+  // divided otherwise before all others have ended.
+  cudaLaunchAttribute& division = attributes[config.numAttrs++];
+  division.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  division.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   if (context.follows_kernel && context.architecture >= 90) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -64,6 +64,9 @@ cudaError_t Launch(const RankColumnsArgs& args, const LaunchContext& context);
 cudaError_t Launch(const PlaceTokensArgs& args, const LaunchContext& context);
 
 cudaError_t Launch(const DecodeAttentionArgs& args, const LaunchContext& context);
+// Whether one kernel appends and attends (decode_attention.cu), and that one.
+bool CanAppendAndAttend(const AppendAndAttendArgs& args, const LaunchContext& context);
+cudaError_t Launch(const AppendAndAttendArgs& args, const LaunchContext& context);
 cudaError_t Launch(const PrefillAttentionArgs& args, const LaunchContext& context);
 cudaError_t Launch(const ColumnSumArgs& args, const LaunchContext& context);
 cudaError_t Launch(const PruneHeavyArgs& args, const LaunchContext& context);

@@ -20,6 +20,22 @@ inline dim3 RotaryGrid(int32_t rows) {
 __device__ __forceinline__ int RowThread() { return blockIdx.y * kRotaryThreads + threadIdx.x; }
 __device__ __forceinline__ int RowThreads() { return gridDim.y * kRotaryThreads; }
 
+// Turns a pair of columns. The operations are spelled out: whichever kernel turns a row, its bits
+// are the same.
+__device__ __forceinline__ void TurnPair(float& low, float& high, float cosine, float sine) {
+  const float x = low;
+  const float y = high;
+  low = __fmaf_rn(x, cosine, -__fmul_rn(y, sine));
+  high = __fmaf_rn(y, cosine, __fmul_rn(x, sine));
+}
+
+// In f32, as the models' own code computes them.
+__device__ __forceinline__ void FindAngle(const RotaryArgs& args, int64_t row, int j, float* sine,
+                                          float* cosine) {
+  const float position = static_cast<float>(args.position[row]);
+  sincosf(__fmul_rn(position, args.inverse_frequency[j]), sine, cosine);
+}
+
 // Of one row, in shared memory.
 struct RotaryAngles {
   float cosine[kMostRotaryHalf];
@@ -29,10 +45,8 @@ struct RotaryAngles {
 // Followed by a barrier before RotateRow. `position` and `inverse_frequency` only: what is turned
 // may still be under way.
 __device__ __forceinline__ void FindAngles(RotaryAngles& angles, const RotaryArgs& args) {
-  const float position = static_cast<float>(args.position[blockIdx.x]);
   for (int j = threadIdx.x; j < args.head_dim / 2; j += kRotaryThreads) {
-    // In f32, as the models' own code computes them.
-    sincosf(__fmul_rn(position, args.inverse_frequency[j]), &angles.sine[j], &angles.cosine[j]);
+    FindAngle(args, blockIdx.x, j, &angles.sine[j], &angles.cosine[j]);
   }
 }
 
@@ -53,12 +67,11 @@ __device__ __forceinline__ void RotateRow(const RotaryAngles& angles, const Rota
     Elements high = *reinterpret_cast<const Elements*>(at + half);
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
-      const float x = ToFloat(low.element[e]);
-      const float y = ToFloat(high.element[e]);
-      const float cosine = angles.cosine[column + e];
-      const float sine = angles.sine[column + e];
-      low.element[e] = FromFloat<T>(x * cosine - y * sine);
-      high.element[e] = FromFloat<T>(y * cosine + x * sine);
+      float x = ToFloat(low.element[e]);
+      float y = ToFloat(high.element[e]);
+      TurnPair(x, y, angles.cosine[column + e], angles.sine[column + e]);
+      low.element[e] = FromFloat<T>(x);
+      high.element[e] = FromFloat<T>(y);
     }
     *reinterpret_cast<Elements*>(at) = low;
     *reinterpret_cast<Elements*>(at + half) = high;

@@ -35,6 +35,15 @@ __device__ __forceinline__ int64_t SlotOffset(const SlotView& view, int64_t row,
   return id * view.block_stride + head * view.head_stride + (slot - block * view.block_size);
 }
 
+// Whether the table of `target` has the slot: one that it does not have is never written.
+__device__ __forceinline__ bool HasSlot(const KvView& target, int64_t table_row, int32_t slot) {
+  const int32_t block = slot / target.block_size;
+  if (slot < 0) return false;
+  if (target.block_table == nullptr) return block < 1;
+  return block < target.block_table_stride &&
+         target.block_table[table_row * target.block_table_stride + block] >= 0;
+}
+
 // Slots of head `head` of row `row` that attention reads.
 __device__ __forceinline__ int32_t KvLength(const KvView& view, int64_t row, int32_t head) {
   if (view.length == nullptr) return 0;

@@ -35,6 +35,9 @@ class WaitingBackend : public ForwardingBackend {
   void DecodeAttention(const DecodeAttentionArgs& args, Stream stream) override {
     ForwardingBackend::DecodeAttention(args, Idle(stream));
   }
+  void AppendAndAttend(const AppendAndAttendArgs& args, Stream stream) override {
+    Backend::AppendAndAttend(args, stream);
+  }
   void EvictHeavy(const EvictHeavyArgs& args, Stream stream) override {
     ForwardingBackend::EvictHeavy(args, Idle(stream));
   }

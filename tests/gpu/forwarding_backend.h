@@ -68,6 +68,9 @@ class ForwardingBackend : public Backend {
   void DecodeAttention(const DecodeAttentionArgs& a, Stream s) override {
     inner_->DecodeAttention(a, s);
   }
+  void AppendAndAttend(const AppendAndAttendArgs& a, Stream s) override {
+    inner_->AppendAndAttend(a, s);
+  }
   void PrefillAttention(const PrefillAttentionArgs& a, Stream s) override {
     inner_->PrefillAttention(a, s);
   }

@@ -34,9 +34,9 @@ void RotateQueriesAndKeys(const StrategyContext& context, const StepView& step,
   context.backend->Rotary(RotaryCall(context, step, inputs), Stream::kCompute);
 }
 
-void RotateAndAppend(const StrategyContext& context, const StepView& step,
-                     const AttentionInputs& inputs, const KvView& view,
-                     const SequenceTables& tables) {
+AppendArgs AppendCall(const StrategyContext& context, const StepView& step,
+                      const AttentionInputs& inputs, const KvView& view,
+                      const SequenceTables& tables) {
   AppendArgs append{.target = view,
                     .key = inputs.key,
                     .value = inputs.value,
@@ -46,7 +46,7 @@ void RotateAndAppend(const StrategyContext& context, const StepView& step,
                     .kv_heads = context.shape.kv_heads,
                     .head_dim = context.shape.head_dim};
   if (context.shape.rotary) append.rotary = RotaryCall(context, step, inputs);
-  context.backend->Append(append, Stream::kCompute);
+  return append;
 }
 
 DecodeAttentionArgs DecodeCall(const StrategyContext& context, const StepView& step,

@@ -16,10 +16,10 @@ Activations FromRow(const StrategyContext& context, const Activations& data, int
 void RotateQueriesAndKeys(const StrategyContext& context, const StepView& step,
                           const AttentionInputs& inputs);
 
-// The same, and all rows' keys and values into their slots of `view`, in one operation.
-void RotateAndAppend(const StrategyContext& context, const StepView& step,
-                     const AttentionInputs& inputs, const KvView& view,
-                     const SequenceTables& tables);
+// The same, and all rows' keys and values into their slots of `view`.
+AppendArgs AppendCall(const StrategyContext& context, const StepView& step,
+                      const AttentionInputs& inputs, const KvView& view,
+                      const SequenceTables& tables);
 
 // Decode attention of the step's decode rows over `view` and each row's own key and value; the
 // caller adds what differs.

@@ -332,7 +332,7 @@ void H2oStrategy::AttendFullLayer(const StepView& step, int32_t layer,
                                   const AttentionInputs& inputs, const Activations& out) {
   Backend& backend = *context_.backend;
   const KvView view = FullView(layer);
-  RotateAndAppend(context_, step, inputs, view, *full_tables_);
+  backend.Append(AppendCall(context_, step, inputs, view, *full_tables_), Stream::kCompute);
   if (step.decode_rows > 0) {
     backend.DecodeAttention(DecodeCall(context_, step, inputs, out, view, full_plan_),
                             Stream::kCompute);

@@ -198,10 +198,14 @@ void PagedStrategy::Attend(const StepView& step, int32_t layer, const AttentionI
                            const Activations& out) {
   Backend& backend = *context_.backend;
   const KvView view = View(layer);
-  RotateAndAppend(context_, step, inputs, view, tables_);
-  if (step.decode_rows > 0) {
-    backend.DecodeAttention(DecodeCall(context_, step, inputs, out, view, plan_), Stream::kCompute);
+  const AppendArgs append = AppendCall(context_, step, inputs, view, tables_);
+  const DecodeAttentionArgs decode = DecodeCall(context_, step, inputs, out, view, plan_);
+  if (step.decode_rows == step.rows) {
+    backend.AppendAndAttend({.append = append, .attention = decode}, Stream::kCompute);
+    return;
   }
+  backend.Append(append, Stream::kCompute);
+  if (step.decode_rows > 0) backend.DecodeAttention(decode, Stream::kCompute);
   for (size_t i = 0; i < step.prefill.size(); ++i) {
     backend.PrefillAttention(
         PrefillCall(context_, step.prefill[i], inputs, out, view, tables_.PrefillRow(i)),
