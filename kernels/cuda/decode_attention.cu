@@ -167,23 +167,44 @@ __global__ void __launch_bounds__(kThreads)
 
 // Joins the splits of `group` heads, in order: join(q, i, values, softmax) is called for every four
 // elements i .. i + 3 of every head q with the sums not divided. `share` [g, splits] is scratch.
+// Memory is far away: of few splits everything is asked for before anything is used.
 template <typename Join>
 __device__ __forceinline__ void JoinSplits(const Splits& splits, const Part& part,
                                            int32_t all_splits, int32_t group, int32_t head_dim,
                                            float* share, Softmax* softmax, const Join& join) {
+  constexpr int kAhead = 8;  // splits
   const int64_t first = int64_t{part.pair} * all_splits * group;
   const int lane = threadIdx.x % 32;
-  for (int q = threadIdx.x / 32; q < group; q += kWarps) {
-    float highest = -INFINITY;
-    for (int s = lane; s < part.used; s += 32) {
-      highest = fmaxf(highest, __ldcg(splits.maximum + first + s * group + q));
+  // A head dimension that four does not divide goes element by element.
+  const int width = head_dim % 4 == 0 ? 4 : 1;
+  const int pieces = head_dim / width;
+  const int64_t stride = int64_t{group} * head_dim;
+  const auto from = [&](int e) {
+    return splits.output + (first + e / pieces) * head_dim + e % pieces * width;
+  };
+  const auto piece_of = [&](int e, int s) {
+    return __ldcg(reinterpret_cast<const float4*>(from(e) + s * stride));
+  };
+  float4 ahead[kAhead];  // of the thread's first piece
+  if (width == 4 && threadIdx.x < group * pieces) {
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      if (s < part.used) ahead[s] = piece_of(threadIdx.x, s);
     }
+  }
+  for (int q = threadIdx.x / 32; q < group; q += kWarps) {
+    const auto maximum_of = [&](int s) { return __ldcg(splits.maximum + first + s * group + q); };
+    const auto sum_of = [&](int s) { return __ldcg(splits.sum + first + s * group + q); };
+    const float own_maximum = lane < part.used ? maximum_of(lane) : -INFINITY;
+    const float own_sum = lane < part.used ? sum_of(lane) : 0.0f;
+    float highest = own_maximum;
+    for (int s = lane + 32; s < part.used; s += 32) highest = fmaxf(highest, maximum_of(s));
     highest = WarpMax(highest);
     float sum = 0.0f;
     for (int s = lane; s < part.used; s += 32) {
-      const float part_sum = __ldcg(splits.sum + first + s * group + q);
-      const float factor =
-          part_sum == 0.0f ? 0.0f : exp2f(__ldcg(splits.maximum + first + s * group + q) - highest);
+      const float part_sum = s == lane ? own_sum : sum_of(s);
+      const float part_maximum = s == lane ? own_maximum : maximum_of(s);
+      const float factor = part_sum == 0.0f ? 0.0f : exp2f(part_maximum - highest);
       share[q * all_splits + s] = factor;
       sum += part_sum * factor;
     }
@@ -191,31 +212,30 @@ __device__ __forceinline__ void JoinSplits(const Splits& splits, const Part& par
     if (lane == 0) softmax[q] = {highest, sum};
   }
   __syncthreads();
-  // A head dimension that four does not divide goes element by element.
-  const int width = head_dim % 4 == 0 ? 4 : 1;
-  const int pieces = head_dim / width;
   for (int e = threadIdx.x; e < group * pieces; e += kThreads) {
     const int q = e / pieces;
-    const int i = e % pieces * width;
-    const float* const from = splits.output + (first + q) * head_dim + i;
-    const int64_t stride = int64_t{group} * head_dim;
     float4 value = {};
     if (width == 4) {
-#pragma unroll 8
-      for (int s = 0; s < part.used; ++s) {
-        const float4 piece = __ldcg(reinterpret_cast<const float4*>(from + s * stride));
+      const auto add = [&](const float4& piece, int s) {
         const float factor = share[q * all_splits + s];
         value.x += piece.x * factor;
         value.y += piece.y * factor;
         value.z += piece.z * factor;
         value.w += piece.w * factor;
+      };
+      const bool has_ahead = e == static_cast<int>(threadIdx.x);
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        if (s < part.used) add(has_ahead ? ahead[s] : piece_of(e, s), s);
       }
+#pragma unroll 8
+      for (int s = kAhead; s < part.used; ++s) add(piece_of(e, s), s);
     } else {
       for (int s = 0; s < part.used; ++s) {
-        value.x += __ldcg(from + s * stride) * share[q * all_splits + s];
+        value.x += __ldcg(from(e) + s * stride) * share[q * all_splits + s];
       }
     }
-    join(q, i, value, width);
+    join(q, e % pieces * width, value, width);
   }
 }
 
