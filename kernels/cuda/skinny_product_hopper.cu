@@ -34,20 +34,16 @@ constexpr int kColumns = 32 * kWarps;  // the most that a box can have
 constexpr int kUnitRowBytes = kColumns * 2;
 constexpr int kTileBytes = kTileOutputs * kUnitRowBytes;
 constexpr int kWeightBytes = kGroupTiles * kTileBytes;
-// Of the ring. In a row of products one of 120 KB does as well; but up to 16 rows it takes what a
-// block of attention leaves, so that more is there when attention ends, and with more rows there is
-// little of it for the weights.
+// Of the ring: a longer one is next to no faster, but where many rows leave little of it to the
+// weights. Beside it and a block of attention there is room for one that speculates or gathers.
 template <int kTokenTiles>
-constexpr int kRingBytes = (kTokenTiles == 1   ? 150
-                            : kTokenTiles == 2 ? 140
-                                               : 192) *
-                           1024;
+constexpr int kRingBytes = (kTokenTiles <= 2 ? 120 : 192) * 1024;
 template <int kTokenTiles>
 constexpr int kJoinedBytes = kGroupTiles* kTileOutputs* kTokenTiles * 8 *
                              kWarps* static_cast<int>(sizeof(float));
-constexpr int kMostStages = 9;
+// One row in the short ring and 17 in the long one make as many.
+constexpr int kMostStages = 7;
 static_assert(kRingBytes<1> / (kWeightBytes + kUnitRowBytes) <= kMostStages);
-static_assert(kRingBytes<2> / (kWeightBytes + 9 * kUnitRowBytes) <= kMostStages);
 static_assert(kRingBytes<4> / (kWeightBytes + 17 * kUnitRowBytes) <= kMostStages);
 
 struct SkinnyMaps {
