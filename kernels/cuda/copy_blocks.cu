@@ -1,5 +1,6 @@
 // Whole blocks from pool to pool, on either tier: a kernel reads or writes pinned memory at the
 // rate of the link, and needs no copy for each block.
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -41,9 +42,11 @@ cudaError_t Launch(const CopyBlocksArgs& args, const LaunchContext& context) {
     part.count = args.count - begun < kMostBlocks ? args.count - begun : kMostBlocks;
     const dim3 grid(static_cast<unsigned>(DivideUp(args.block_bytes, kPieceBytes)),
                     static_cast<unsigned>(part.count));
-    kernel<<<grid, kThreads, 0, context.stream>>>(part, context.link_bytes);
+    const cudaError_t error =
+        LaunchOrdinary(context, kernel, grid, kThreads, 0, part, context.link_bytes);
+    if (error != cudaSuccess) return error;
   }
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 }  // namespace kvsweep::cuda

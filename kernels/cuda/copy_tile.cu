@@ -1,5 +1,6 @@
 // A run of tokens of each sequence into a tile: how full layers and prefill history stream from the
 // host through a ring.
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/move_rows.cuh"
 
 namespace kvsweep::cuda {
@@ -41,12 +42,11 @@ cudaError_t Launch(const CopyTileArgs& args, const LaunchContext& context) {
   const int64_t rows = args.row >= 0 ? 1 : args.rows;
   const int64_t batches = (args.tokens + kRowsInFlight - 1) / kRowsInFlight;
   const int blocks = MoveBlocks(context, rows * args.kv_heads * batches);
-  if (CanMoveWide(args.target, args.source, args.head_dim)) {
-    CopyTileKernel<uint4><<<blocks, kMoveThreads, 0, context.stream>>>(args, context.link_bytes);
-  } else {
-    CopyTileKernel<uint8_t><<<blocks, kMoveThreads, 0, context.stream>>>(args, context.link_bytes);
-  }
-  return cudaGetLastError();
+  const auto kernel = CanMoveWide(args.target, args.source, args.head_dim)
+                          ? CopyTileKernel<uint4>
+                          : CopyTileKernel<uint8_t>;
+  return LaunchOrdinary(context, kernel, static_cast<unsigned>(blocks), kMoveThreads, 0, args,
+                        context.link_bytes);
 }
 
 }  // namespace kvsweep::cuda

@@ -93,8 +93,7 @@ class CudaBackend : public Backend {
   uint64_t link_bytes_to_host() const override { return link_bytes_[1] + counted_[1]; }
 
   AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads) const override {
-    return cuda::PlanAttention(rows, max_tokens, kv_heads, options_.batch_invariant,
-                               context_[0].multiprocessors);
+    return cuda::PlanAttention(rows, max_tokens, kv_heads, context_[kCompute]);
   }
 
   void Copy(void* target, const void* source, uint64_t bytes, Stream stream) override;

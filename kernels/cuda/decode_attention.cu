@@ -165,9 +165,10 @@ __global__ void __launch_bounds__(kThreads)
             min(entries, first + kNormalisedAtOnce), scores.left_to[index]);
 }
 
-// Joins the splits of `group` heads, in order: join(q, i, values, softmax) is called for every four
-// elements i .. i + 3 of every head q with the sums not divided. `share` [g, splits] is scratch.
-// Memory is far away: of few splits everything is asked for before anything is used.
+// Joins the splits of `group` heads, in order: join(q, i, values, width) is called for every
+// `width` elements i .. of every head q (four, or one where four does not divide the head
+// dimension), not divided by the sum in softmax[q]. `share` [g, splits] is scratch. Memory is far
+// away: of few splits everything is asked for before anything is used.
 template <typename Join>
 __device__ __forceinline__ void JoinSplits(const Splits& splits, const Part& part,
                                            int32_t all_splits, int32_t group, int32_t head_dim,
@@ -279,6 +280,7 @@ __device__ __forceinline__ void JoinCluster(const Team& team, const ClusterSums&
     }
     Softmax merged = softmax;
     if (i < D) merged = result.WriteFour(part.row, head, i, value, softmax);
+    __syncwarp();  // all lanes have read what is merged
     if (lane == 0) {
       result.WriteSums(part.row, head, merged);
       scores.LeaveSums(part, head, merged);
@@ -788,9 +790,10 @@ __global__ void __launch_bounds__(kThreads)
 // Whether the blocks of a pair are a cluster: where each has a multiprocessor to itself, or where
 // they are two. Larger clusters of which two share a multiprocessor start so much later that they
 // lose more than joining gains. For Hopper: other devices may not have room for as many blocks.
-bool IsClustered(int64_t pairs, int64_t splits, int64_t multiprocessors) {
-  const int64_t room = splits == 2 ? 2 * multiprocessors : multiprocessors;
-  return splits > 1 && splits <= kMostClusterBlocks && pairs * splits <= room;
+bool IsClustered(int64_t pairs, int64_t splits, const LaunchContext& context) {
+  const int64_t room = (splits == 2 ? 2 : 1) * int64_t{context.multiprocessors};
+  return context.architecture == 90 && splits > 1 && splits <= kMostClusterBlocks &&
+         pairs * splits <= room;
 }
 
 template <typename T, int D>
@@ -801,9 +804,7 @@ cudaError_t LaunchFast(const DecodeAttentionArgs& args, const AppendArgs& append
   static const cudaError_t configured = cudaFuncSetAttribute(
       DecodeAttentionKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (configured != cudaSuccess) return configured;
-  const bool clustered =
-      context.architecture == 90 &&
-      IsClustered(int64_t{args.rows} * args.kv_heads, args.plan.splits, context.multiprocessors);
+  const bool clustered = IsClustered(int64_t{args.rows} * args.kv_heads, args.plan.splits, context);
   if (clustered) {
     static const cudaError_t allowed = cudaFuncSetAttribute(
         DecodeAttentionKernel<T, D>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -828,7 +829,7 @@ bool IsFast(const DecodeAttentionArgs& args, DType dtype) {
 }  // namespace
 
 AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
-                            bool batch_invariant, int multiprocessors) {
+                            const LaunchContext& context) {
   constexpr int32_t kInvariantTokens = 1024;
   constexpr int32_t kLeastTokens = kWarps * kTile;
   // What a block's start and end cost, joining blocks of a cluster, and joining through memory: in
@@ -836,10 +837,11 @@ AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
   constexpr int64_t kStartTokens = 48;
   constexpr int64_t kClusterTokens = 24;
   constexpr int64_t kMemoryTokens = 200;
-  if (batch_invariant) {
+  if (context.batch_invariant) {
     const int32_t splits = (max_tokens + kInvariantTokens - 1) / kInvariantTokens;
     return {.splits = std::max(splits, 1), .split_tokens = kInvariantTokens};
   }
+  const int multiprocessors = context.multiprocessors;
   // The split for which all waves of blocks together take least.
   const int64_t pairs = std::max<int64_t>(1, int64_t{rows} * kv_heads);
   const int64_t resident = 2 * static_cast<int64_t>(multiprocessors);
@@ -854,9 +856,9 @@ AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
   const int64_t most = std::clamp<int64_t>(max_tokens / kLeastTokens, 1, 256);
   for (int64_t splits = 1; splits <= most; ++splits) {
     const int64_t waves = (pairs * splits + resident - 1) / resident;
-    const int64_t joining = splits == 1                                   ? 0
-                            : IsClustered(pairs, splits, multiprocessors) ? kClusterTokens
-                                                                          : kMemoryTokens;
+    const int64_t joining = splits == 1                           ? 0
+                            : IsClustered(pairs, splits, context) ? kClusterTokens
+                                                                  : kMemoryTokens;
     // A block alone on a multiprocessor reads 1.6 times as fast as each of two.
     const int64_t reading =
         pairs * splits <= multiprocessors ? share(splits) * 5 / 8 : share(splits);
@@ -949,8 +951,7 @@ bool CanAppendAndAttend(const AppendAndAttendArgs& args, const LaunchContext& co
          is_same(append.key, attention.current_key) &&
          is_same(append.value, attention.current_value) && !append.slot_by_head &&
          append.target.dtype == attention.view.dtype && IsAligned(append.target) &&
-         append.target.value != nullptr && context.link_bytes == nullptr &&
-         (rotary.data.data == nullptr || turns_both);
+         append.target.value != nullptr && (rotary.data.data == nullptr || turns_both);
 }
 
 cudaError_t Launch(const AppendAndAttendArgs& args, const LaunchContext& context) {

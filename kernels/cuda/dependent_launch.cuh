@@ -62,8 +62,8 @@ cudaError_t LaunchDependentClusters(const LaunchContext& context, void (*kernel)
   config.dynamicSmemBytes = shared_bytes;
   config.stream = context.stream;
   config.attrs = attributes;
-  // All kernels alike, since a multiprocessor takes no block of a kernel that wants shared memory
-  // divided otherwise before all others have ended.
+  // For all kernels that run beside others alike, since a multiprocessor takes no block of a kernel
+  // that wants shared memory divided otherwise before all others have ended.
   cudaLaunchAttribute& division = attributes[config.numAttrs++];
   division.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
   division.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
@@ -85,6 +85,15 @@ cudaError_t LaunchDependent(const LaunchContext& context, void (*kernel)(Paramet
                             dim3 threads, size_t shared_bytes, Arguments&&... arguments) {
   return LaunchDependentClusters(context, kernel, grid, threads, shared_bytes, 1,
                                  std::forward<Arguments>(arguments)...);
+}
+
+// The same behind the end of all earlier kernels, for kernels that do not keep the contract.
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchOrdinary(LaunchContext context, void (*kernel)(Parameters...), dim3 grid,
+                           dim3 threads, size_t shared_bytes, Arguments&&... arguments) {
+  context.follows_kernel = false;
+  return LaunchDependent(context, kernel, grid, threads, shared_bytes,
+                         std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace kvsweep::cuda

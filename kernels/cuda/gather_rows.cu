@@ -1,5 +1,6 @@
 // The selected rows of each sequence and head, from a pool that may be pinned host memory: read by
 // the kernel as it is, since how many rows there are only the device knows.
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/move_rows.cuh"
 
 namespace kvsweep::cuda {
@@ -32,13 +33,11 @@ __global__ void __launch_bounds__(kMoveThreads)
 cudaError_t Launch(const GatherRowsArgs& args, const LaunchContext& context) {
   const int64_t batches = (args.index_stride + kRowsInFlight - 1) / kRowsInFlight;
   const int blocks = MoveBlocks(context, int64_t{args.rows} * args.kv_heads * batches);
-  if (CanMoveWide(args.target, args.source, args.head_dim)) {
-    GatherRowsKernel<uint4><<<blocks, kMoveThreads, 0, context.stream>>>(args, context.link_bytes);
-  } else {
-    GatherRowsKernel<uint8_t>
-        <<<blocks, kMoveThreads, 0, context.stream>>>(args, context.link_bytes);
-  }
-  return cudaGetLastError();
+  const auto kernel = CanMoveWide(args.target, args.source, args.head_dim)
+                          ? GatherRowsKernel<uint4>
+                          : GatherRowsKernel<uint8_t>;
+  return LaunchOrdinary(context, kernel, static_cast<unsigned>(blocks), kMoveThreads, 0, args,
+                        context.link_bytes);
 }
 
 }  // namespace kvsweep::cuda

@@ -64,7 +64,8 @@ cudaError_t Launch(const RankColumnsArgs& args, const LaunchContext& context);
 cudaError_t Launch(const PlaceTokensArgs& args, const LaunchContext& context);
 
 cudaError_t Launch(const DecodeAttentionArgs& args, const LaunchContext& context);
-// Whether one kernel appends and attends (decode_attention.cu), and that one.
+// Whether one kernel appends and attends (decode_attention.cu), and that one. REQUIRES: what is
+// appended to lies on the device.
 bool CanAppendAndAttend(const AppendAndAttendArgs& args, const LaunchContext& context);
 cudaError_t Launch(const AppendAndAttendArgs& args, const LaunchContext& context);
 cudaError_t Launch(const PrefillAttentionArgs& args, const LaunchContext& context);
@@ -79,7 +80,7 @@ cudaError_t Launch(const CopyTileArgs& args, const LaunchContext& context);
 
 // How decode attention splits its keys (decode_attention.cu).
 AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
-                            bool batch_invariant, int multiprocessors);
+                            const LaunchContext& context);
 
 }  // namespace kvsweep::cuda
 

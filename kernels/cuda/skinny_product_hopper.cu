@@ -35,7 +35,7 @@ constexpr int kUnitRowBytes = kColumns * 2;
 constexpr int kTileBytes = kTileOutputs * kUnitRowBytes;
 constexpr int kWeightBytes = kGroupTiles * kTileBytes;
 // Of the ring: a longer one is next to no faster, but where many rows leave little of it to the
-// weights. Beside it and a block of attention there is room for one that speculates or gathers.
+// weights. Beside it and a block of attention there is room for one that selects or gathers.
 template <int kTokenTiles>
 constexpr int kRingBytes = (kTokenTiles <= 2 ? 120 : 192) * 1024;
 template <int kTokenTiles>

@@ -16,7 +16,7 @@ Activations FromRow(const StrategyContext& context, const Activations& data, int
 void RotateQueriesAndKeys(const StrategyContext& context, const StepView& step,
                           const AttentionInputs& inputs);
 
-// The same, and all rows' keys and values into their slots of `view`.
+// What turns them so, and stores all rows' keys and values in their slots of `view`.
 AppendArgs AppendCall(const StrategyContext& context, const StepView& step,
                       const AttentionInputs& inputs, const KvView& view,
                       const SequenceTables& tables);

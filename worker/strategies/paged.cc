@@ -200,6 +200,8 @@ void PagedStrategy::Attend(const StepView& step, int32_t layer, const AttentionI
   const KvView view = View(layer);
   const AppendArgs append = AppendCall(context_, step, inputs, view, tables_);
   const DecodeAttentionArgs decode = DecodeCall(context_, step, inputs, out, view, plan_);
+  // A prompt may read pages that other rows fill in this very step (PagedManager), so with one all
+  // is stored first. Rows that decode read nothing that another row stores.
   if (step.decode_rows == step.rows) {
     backend.AppendAndAttend({.append = append, .attention = decode}, Stream::kCompute);
     return;

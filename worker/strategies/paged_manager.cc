@@ -203,8 +203,8 @@ int32_t PagedManager::FindCached(RequestId request, const RequestShape& shape) {
   return static_cast<int32_t>(lookup_.pages.size()) * layout_.block_size;
 }
 
-// Full pages can be found from the step on that fills them: whoever finds one computes in that step
-// or a later one, and a step stores all its tokens before it attends.
+// Full pages can be found from the step on that fills them: whoever finds one computes a prompt in
+// that step or a later one, and a step with a prompt stores all its tokens before it attends.
 void PagedManager::RememberFullPages(RequestId request, Held& held) {
   if (!caches()) return;
   const std::span<const int32_t> tokens = tokens_(request);

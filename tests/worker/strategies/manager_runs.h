@@ -255,7 +255,7 @@ class ManagerRun {
     for (const auto* segments : {&plan.decode, &plan.prefill}) {
       for (const Segment& segment : *segments) Store(segment, segments == &plan.decode);
     }
-    // A step stores all its tokens before it attends.
+    // A step with a prompt stores all its tokens before it attends.
     if (pools_ != nullptr) {
       for (const auto* segments : {&plan.decode, &plan.prefill}) {
         for (const Segment& segment : *segments) Attend(segment);
