@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <span>
 #include <string>
 #include <utility>
@@ -258,6 +260,139 @@ TEST(CudaBackendTest, GatedProductsReadWhatTheKernelAheadWrote) {
       runs.push_back(gated.Read());
     }
     EXPECT_EQ(runs[0], runs[1]) << rows << " rows";
+  }
+}
+
+// Decode rows behind the projection that makes their queries, keys and values; each round has other
+// ones, all store at the same places.
+struct AppendingRows {
+  static constexpr int32_t kQueryHeads = 8;
+  static constexpr int32_t kKvHeads = 2;
+  static constexpr int32_t kHeadDim = 128;
+  static constexpr int32_t kHidden = 256;
+  static constexpr int32_t kColumns = (kQueryHeads + 2 * kKvHeads) * kHeadDim;
+  static constexpr int32_t kPage = 16;
+  static constexpr int32_t kPages = 65;  // of a row
+  static constexpr int32_t kRounds = 6;
+  int32_t rows;
+  AttentionPlan plan;
+
+  // What attention gave in all rounds, and then the pool.
+  std::vector<float> Run(Backend* backend, bool in_one) const {
+    const DType dtype = backend->info().activation_dtype;
+    const int64_t size = DTypeBytes(dtype);
+    Random random(11);
+    const auto buffer = [&](int64_t count) {
+      return std::make_unique<Buffer>(backend, dtype, Values(random, count, dtype));
+    };
+    const auto integers = [&](const std::vector<int32_t>& values) {
+      std::vector<float> bits(values.size());
+      std::memcpy(bits.data(), values.data(), values.size() * sizeof(int32_t));
+      return std::make_unique<Buffer>(backend, DType::kF32, bits);
+    };
+    const auto pointer = [](const std::unique_ptr<Buffer>& memory) {
+      return reinterpret_cast<const int32_t*>(memory->data());
+    };
+    std::vector<int32_t> table(static_cast<size_t>(rows) * kPages);
+    std::iota(table.begin(), table.end(), 0);
+    random.Shuffle(std::span<int32_t>(table));
+    std::vector<int32_t> length;
+    std::vector<int32_t> row_number;
+    std::vector<float> frequency(kHeadDim / 2);
+    for (int32_t row = 0; row < rows; ++row) {
+      // Own tokens at the borders of tiles and of splits, and of rows with nothing stored.
+      const std::vector<int32_t> lengths = {1023, 1024, 0, 127, 128, 1000, 383, 512, 17, 640};
+      length.push_back(lengths[static_cast<size_t>(row) % lengths.size()]);
+      row_number.push_back(row);
+    }
+    for (size_t j = 0; j < frequency.size(); ++j) {
+      frequency[j] = std::pow(10000.0f, -2.0f * static_cast<float>(j) / kHeadDim);
+    }
+    const auto in = buffer(int64_t{kRounds} * rows * kHidden);
+    const auto weight = buffer(int64_t{kColumns} * kHidden);
+    const auto pool = buffer(int64_t{rows} * kPages * kPage * kKvHeads * 2 * kHeadDim);
+    const auto row = buffer(int64_t{rows} * kColumns);
+    const auto out = buffer(int64_t{kRounds} * rows * kQueryHeads * kHeadDim);
+    const auto tables = integers(table);
+    const auto lengths = integers(length);
+    const auto rows_of_table = integers(row_number);
+    const Buffer frequencies(backend, DType::kF32, frequency);
+    const auto columns = [&](int32_t first) {
+      return Activations{row->data() + first * size, kColumns};
+    };
+    const KvView view = {.key = pool->data(),
+                         .value = pool->data() + kPage * kHeadDim * size,
+                         .dtype = dtype,
+                         .block_size = kPage,
+                         .block_stride = int64_t{kPage} * kKvHeads * 2 * kHeadDim,
+                         .token_stride = kHeadDim,
+                         .head_stride = 2 * kPage * kHeadDim,
+                         .block_table = pointer(tables),
+                         .block_table_stride = kPages,
+                         .length = pointer(lengths)};
+    AppendAndAttendArgs args;
+    args.append = {
+        .target = view,
+        .key = columns(kQueryHeads * kHeadDim),
+        .value = columns((kQueryHeads + kKvHeads) * kHeadDim),
+        .table_row = pointer(rows_of_table),
+        .slot = pointer(lengths),
+        .rotary = {.data = columns(0),
+                   .position = pointer(lengths),
+                   .inverse_frequency = reinterpret_cast<const float*>(frequencies.data()),
+                   .rows = rows,
+                   .heads = kQueryHeads + kKvHeads,
+                   .head_dim = kHeadDim},
+        .rows = rows,
+        .kv_heads = kKvHeads,
+        .head_dim = kHeadDim};
+    args.attention = {.query = columns(0),
+                      .current_key = args.append.key,
+                      .current_value = args.append.value,
+                      .view = view,
+                      .plan = plan,
+                      .rows = rows,
+                      .query_heads = kQueryHeads,
+                      .kv_heads = kKvHeads,
+                      .head_dim = kHeadDim,
+                      .scale = 0.02f};
+    for (int32_t round = 0; round < kRounds; ++round) {
+      backend->Gemm({.out = columns(0),
+                     .in = {in->data() + int64_t{round} * rows * kHidden * size, kHidden},
+                     .weight = weight->data(),
+                     .rows = rows,
+                     .out_columns = kColumns,
+                     .in_columns = kHidden},
+                    Stream::kCompute);
+      args.attention.out = {out->data() + int64_t{round} * rows * kQueryHeads * kHeadDim * size,
+                            kQueryHeads * kHeadDim};
+      if (in_one) {
+        backend->AppendAndAttend(args, Stream::kCompute);
+        continue;
+      }
+      KVSWEEP_CHECK_OK(backend->WaitAll());
+      backend->Append(args.append, Stream::kCompute);
+      KVSWEEP_CHECK_OK(backend->WaitAll());
+      backend->DecodeAttention(args.attention, Stream::kCompute);
+      KVSWEEP_CHECK_OK(backend->WaitAll());
+    }
+    std::vector<float> all = out->Read();
+    const std::vector<float> stored = pool->Read();
+    all.insert(all.end(), stored.begin(), stored.end());
+    return all;
+  }
+};
+
+// One block a row and head; clusters, of two and of more; splits that join through memory.
+TEST(CudaBackendTest, AttentionThatAppendsSaysWhatTheTwoSayWhenAllWaits) {
+  const auto backend = NewCuda({});
+  const std::vector<AppendingRows> shapes = {{.rows = 40, .plan = {1, 0}},
+                                             {.rows = 40, .plan = {2, 576}},
+                                             {.rows = 3, .plan = {9, 128}},
+                                             {.rows = 40, .plan = {3, 384}}};
+  for (const AppendingRows& shape : shapes) {
+    EXPECT_EQ(shape.Run(backend.get(), true), shape.Run(backend.get(), false))
+        << shape.rows << " rows, " << shape.plan.splits << " splits";
   }
 }
 
