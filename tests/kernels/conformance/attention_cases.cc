@@ -29,12 +29,7 @@ Heads PickHeads(Random& random) {
 
 // Turned keys: the table of frequencies; half of the time ranks that are not the slots' numbers.
 KeyRotation MakeRotation(Side& side, Random& random, const View& view, const ViewShape& shape) {
-  std::vector<float> frequency(shape.head_dim / 2);
-  for (size_t j = 0; j < frequency.size(); ++j) {
-    frequency[j] =
-        std::pow(10000.0f, -2.0f * static_cast<float>(j) / static_cast<float>(shape.head_dim));
-  }
-  KeyRotation rotation{.inverse_frequency = side.Put(frequency), .rank = {}};
+  KeyRotation rotation{.inverse_frequency = PutFrequencies(side, shape.head_dim), .rank = {}};
   if (random.Bernoulli(0.5)) {
     std::vector<int32_t> rank(SlotCount(view, shape));
     for (int32_t& value : rank) value = Between(random, 0, 99);

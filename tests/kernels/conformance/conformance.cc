@@ -227,6 +227,14 @@ std::vector<float> ExactFloats(Random& random, int64_t count) {
   return values;
 }
 
+const float* PutFrequencies(Side& side, int32_t head_dim) {
+  std::vector<float> frequency(static_cast<size_t>(head_dim) / 2);
+  for (size_t j = 0; j < frequency.size(); ++j) {
+    frequency[j] = std::pow(10000.0f, -2.0f * static_cast<float>(j) / static_cast<float>(head_dim));
+  }
+  return side.Put(frequency);
+}
+
 std::string Join(const std::vector<int32_t>& values) { return absl::StrJoin(values, ","); }
 
 DType PickKvType(Random& random) {

@@ -118,6 +118,8 @@ bool SubjectHasNarrowActivations();
 
 // Multiples of 1/64 below 4, which bf16 and f16 hold exactly.
 std::vector<float> ExactFloats(Random& random, int64_t count);
+// Rotary frequencies of a head [d/2].
+const float* PutFrequencies(Side& side, int32_t head_dim);
 // One of the list.
 template <typename T>
 T Pick(Random& random, std::initializer_list<T> from) {

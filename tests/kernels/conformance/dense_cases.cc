@@ -168,12 +168,7 @@ Outcome RotaryCase(Side& side, Random& random) {
   args.rows = Pick(random, {1, 2, 33});
   args.heads = Pick(random, {1, 3, 8});
   args.head_dim = Pick(random, {2, 8, 48, 64, 80, 128});
-  std::vector<float> frequency(args.head_dim / 2);
-  for (size_t j = 0; j < frequency.size(); ++j) {
-    frequency[j] =
-        std::pow(10000.0f, -2.0f * static_cast<float>(j) / static_cast<float>(args.head_dim));
-  }
-  args.inverse_frequency = side.Put(frequency);
+  args.inverse_frequency = PutFrequencies(side, args.head_dim);
   std::vector<int32_t> position(args.rows);
   for (int32_t& p : position) p = Between(random, 0, 4000);
   args.position = side.Put(position);

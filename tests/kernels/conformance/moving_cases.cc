@@ -201,14 +201,6 @@ void AddTurnedPool(Outcome& outcome, Side& side, const View& view) {
   outcome.Add("pool", PoolFloats(side, view), least, ActivationEpsilon() + place);
 }
 
-const float* PutFrequencies(Side& side, int32_t head_dim) {
-  std::vector<float> frequency(static_cast<size_t>(head_dim) / 2);
-  for (size_t j = 0; j < frequency.size(); ++j) {
-    frequency[j] = std::pow(10000.0f, -2.0f * static_cast<float>(j) / static_cast<float>(head_dim));
-  }
-  return side.Put(frequency);
-}
-
 // Queries and keys side by side, turned and then stored; or rows turned that have nothing to do
 // with what is stored.
 Outcome RotateAndAppendCase(Side& side, Random& random) {
