@@ -201,6 +201,24 @@ void AddTurnedPool(Outcome& outcome, Side& side, const View& view) {
   outcome.Add("pool", PoolFloats(side, view), least, ActivationEpsilon() + place);
 }
 
+// Rows of queries, keys and values side by side.
+struct HeadRows {
+  Activations query;
+  Activations key;
+  Activations value;
+};
+HeadRows PutHeadRows(Side& side, Random& random, int32_t rows, int64_t query_width,
+                     int64_t key_width) {
+  const int64_t width = query_width + 2 * key_width;
+  const Activations row =
+      side.PutRows(ExactFloats(random, rows * width), rows, width, Pick<int64_t>(random, {3, 8}));
+  const auto columns = [&](int64_t first) {
+    const int64_t bytes = first * DTypeBytes(side.activation_dtype());
+    return Activations{static_cast<std::byte*>(row.data) + bytes, row.stride};
+  };
+  return {row, columns(query_width), columns(query_width + key_width)};
+}
+
 // Queries and keys side by side, turned and then stored; or rows turned that have nothing to do
 // with what is stored.
 Outcome RotateAndAppendCase(Side& side, Random& random) {
@@ -227,23 +245,18 @@ Outcome RotateAndAppendCase(Side& side, Random& random) {
     table_row[t] = Pick(random, {0, 1, 3, -1});
     slot[t] = t;
   }
-  const Activations row =
-      side.PutRows(ExactFloats(random, rows * width), rows, width, Pick<int64_t>(random, {3, 8}));
-  const auto columns = [&](int64_t first) {
-    const int64_t bytes = first * DTypeBytes(side.activation_dtype());
-    return Activations{static_cast<std::byte*>(row.data) + bytes, row.stride};
-  };
+  const HeadRows row = PutHeadRows(side, random, rows, query_width, key_width);
   AppendArgs args;
   args.target = view.view;
-  args.key = columns(query_width);
-  args.value = columns(query_width + key_width);
+  args.key = row.key;
+  args.value = row.value;
   args.table_row = side.Put(table_row);
   args.slot = side.Put(slot);
   args.rows = rows;
   args.kv_heads = shape.kv_heads;
   args.head_dim = shape.head_dim;
   const bool queries_alone = random.Bernoulli(0.1);
-  args.rotary = {.data = row,
+  args.rotary = {.data = row.query,
                  .position = side.Put(position),
                  .inverse_frequency = PutFrequencies(side, shape.head_dim),
                  .rows = rows,
@@ -257,7 +270,7 @@ Outcome RotateAndAppendCase(Side& side, Random& random) {
       absl::StrCat("rows ", rows, " heads ", query_heads, "/", shape.kv_heads, " d ",
                    shape.head_dim, " ", DTypeName(shape.dtype), " layout ", shape.layout,
                    shape.tier == Tier::kHost ? " host" : "", queries_alone ? " queries alone" : "");
-  outcome.Add("row", side.GetRows(row, rows, width), 8e-6, ActivationEpsilon());
+  outcome.Add("row", side.GetRows(row.query, rows, width), 8e-6, ActivationEpsilon());
   AddTurnedPool(outcome, side, view);
   return outcome;
 }
@@ -279,7 +292,6 @@ Outcome AppendAndAttendCase(Side& side, Random& random) {
   const int32_t query_heads = shape.kv_heads * Pick(random, {1, 2, 4, 7, 8, 16});
   const int64_t key_width = int64_t{shape.kv_heads} * shape.head_dim;
   const int64_t query_width = int64_t{query_heads} * shape.head_dim;
-  const int64_t width = query_width + 2 * key_width;
   std::vector<int32_t> position(rows);
   std::vector<int32_t> table_row(rows);
   std::vector<int32_t> slot(rows);
@@ -290,23 +302,18 @@ Outcome AppendAndAttendCase(Side& side, Random& random) {
     active[t] = shape.lengths[t] >= 0 && random.Bernoulli(0.9) ? 1 : 0;
     table_row[t] = active[t] != 0 ? t : -1;
   }
-  const Activations row =
-      side.PutRows(ExactFloats(random, rows * width), rows, width, Pick<int64_t>(random, {3, 8}));
-  const auto columns = [&](int64_t first) {
-    const int64_t bytes = first * DTypeBytes(side.activation_dtype());
-    return Activations{static_cast<std::byte*>(row.data) + bytes, row.stride};
-  };
+  const HeadRows row = PutHeadRows(side, random, rows, query_width, key_width);
   AppendAndAttendArgs args;
   args.append = {.target = view.view,
-                 .key = columns(query_width),
-                 .value = columns(query_width + key_width),
+                 .key = row.key,
+                 .value = row.value,
                  .table_row = side.Put(table_row),
                  .slot = side.Put(slot),
                  .rows = rows,
                  .kv_heads = shape.kv_heads,
                  .head_dim = shape.head_dim};
   const bool turns = random.Bernoulli(0.8);
-  const RotaryArgs rotary = {.data = row,
+  const RotaryArgs rotary = {.data = row.query,
                              .position = side.Put(position),
                              .inverse_frequency = PutFrequencies(side, shape.head_dim),
                              .rows = rows,
@@ -315,7 +322,7 @@ Outcome AppendAndAttendCase(Side& side, Random& random) {
   if (turns) args.append.rotary = rotary;
   const Activations out = side.RoomRows(rows, query_width, Pick<int64_t>(random, {3, 8}));
   args.attention = {.out = out,
-                    .query = row,
+                    .query = row.query,
                     .current_key = args.append.key,
                     .current_value = args.append.value,
                     .view = view.view,
