@@ -232,13 +232,10 @@ class Server {
   }
 
   void CountIssued() {
-    const size_t total = books_.size();
+    const size_t third = std::min<size_t>(3 * issued_ / books_.size(), 2);
+    waiting_[third] += batcher_.waiting();
+    ++arrivals_[third];
     ++issued_;
-    for (size_t third = 1; third <= 3; ++third) {
-      if (issued_ == (total * third + 2) / 3) {
-        result_.waiting_at_third[third - 1] = batcher_.waiting();
-      }
-    }
   }
 
   void SleepUntilArrival() {
@@ -483,13 +480,14 @@ class Server {
     }
   }
 
-  // The queue grows when clearly more requests wait at the last arrival than at both earlier
-  // thirds.
   void JudgeQueue() {
+    for (size_t third = 0; third < 3; ++third) {
+      if (arrivals_[third] == 0) continue;
+      result_.waiting_by_third[third] =
+          static_cast<double>(waiting_[third]) / static_cast<double>(arrivals_[third]);
+    }
     if (!schedule_.open_loop || result_.end != ServeResult::End::kServedAll) return;
-    const int32_t* waiting = result_.waiting_at_third;
-    const double margin = std::max(4.0, 0.1 * static_cast<double>(books_.size()));
-    result_.queue_grows = waiting[2] - std::max(waiting[0], waiting[1]) > margin;
+    result_.queue_grows = QueueGrows(result_.waiting_by_third, books_.size());
   }
 
   InferenceEngine& engine_;
@@ -511,11 +509,18 @@ class Server {
   std::vector<int64_t> ended_ns_;  // when sessions ended, in that order
   size_t next_ = 0;                // first turn that has not been issued
   size_t issued_ = 0;
+  std::array<int64_t, 3> waiting_ = {};   // summed over the arrivals of each third
+  std::array<int64_t, 3> arrivals_ = {};  // of each third
   size_t done_ = 0;
   ServeResult result_;
 };
 
 }  // namespace
+
+bool QueueGrows(const std::array<double, 3>& waiting_by_third, size_t requests) {
+  const double margin = std::max(2.0, 0.7 * std::sqrt(static_cast<double>(requests)));
+  return waiting_by_third[2] - std::max(waiting_by_third[0], waiting_by_third[1]) > margin;
+}
 
 absl::StatusOr<ServeResult> ServeLoad(InferenceEngine* engine, const ServeSchedule& schedule,
                                       const ServeOptions& options, const RequestSink& sink) {

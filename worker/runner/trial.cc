@@ -10,6 +10,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/limits.h"
 #include "base/status_macros.h"
@@ -304,15 +305,14 @@ absl::Status Trial::MeasureLoad() {
                                    },
                                .open_loop = IsOpenLoop(arrivals)};
   const auto limit_ns = static_cast<int64_t>(request_.spec().limits().trial());
-  const ServeOptions options{
-      .clock = &clock(),
-      .modelled = modelled(),
-      .time_limit_ns = limit_ns,
-      .wall = is_modelled() ? context_.wall : nullptr,
-      .wall_deadline_ns = context_.wall->NowNs() + limit_ns,
-      .cancel = context_.cancel,
-      .progress = [this](size_t done) { ReportProgress(done); },
-      .run_ahead = runs_ahead()};
+  const ServeOptions options{.clock = &clock(),
+                             .modelled = modelled(),
+                             .time_limit_ns = limit_ns,
+                             .wall = is_modelled() ? context_.wall : nullptr,
+                             .wall_deadline_ns = context_.wall->NowNs() + limit_ns,
+                             .cancel = context_.cancel,
+                             .progress = [this](size_t done) { ReportProgress(done); },
+                             .run_ahead = runs_ahead()};
   EnterPhase("measure", requests.size());
   ASSIGN_OR_RETURN(served_, ServeLoad(engine_.get(), schedule, options, [this](RequestRow row) {
                      Record record = NewRecord();
@@ -337,7 +337,7 @@ void Trial::JudgeLoad() {
     outcome_.set_evidence(std::move(evidence));
   };
   const size_t total = workload_->requests().size();
-  const int32_t* waiting = served_.waiting_at_third;
+  const std::array<double, 3>& waiting = served_.waiting_by_third;
   switch (served_.end) {
     case ServeResult::End::kCancelled:
       return judge(OUTCOME_CANCELLED, absl::StrCat("cancelled with ", served_.completed, " of ",
@@ -360,10 +360,11 @@ void Trial::JudgeLoad() {
                        request_.spec().kv().device_bytes(), " bytes on the device and ",
                        request_.spec().kv().host_bytes(), " on the host"));
   } else if (served_.queue_grows) {
-    judge(OUTCOME_UNSTABLE,
-          absl::StrCat("the queue kept growing: ", waiting[0], ", ", waiting[1], " and ",
-                       waiting[2], " requests waited when one third, two thirds and all of ", total,
-                       " had arrived"));
+    judge(
+        OUTCOME_UNSTABLE,
+        absl::StrFormat("the queue kept growing: %.1f, %.1f and %.1f requests waited, in the mean "
+                        "of the first, second and last third of %d arrivals",
+                        waiting[0], waiting[1], waiting[2], total));
   }
 }
 

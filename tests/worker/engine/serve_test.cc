@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <map>
 #include <string>
 #include <vector>
@@ -514,6 +516,51 @@ TEST_F(ServeTest, AServingThatRunsAheadEndsEarlyWithWholeBooks) {
                             {.clock = &RealClock::Get(), .run_ahead = true}, true, 4);
   EXPECT_EQ(full.result.end, ServeResult::End::kSinkFull);
   EXPECT_EQ(full.rows.size(), 4u);
+}
+
+// The share of runs of a queue before `servers` servers, with Poisson arrivals at `load` times what
+// they can serve and exponential service times, of which it is said that the queue grew.
+double ShareSaidToGrow(size_t requests, size_t servers, double load, Random& random) {
+  constexpr int kRuns = 400;
+  int said = 0;
+  for (int run = 0; run < kRuns; ++run) {
+    std::vector<double> begun;
+    std::vector<double> free(servers, 0.0);  // when each is, the first one first
+    std::array<double, 3> waiting = {};
+    double now = 0;
+    for (size_t i = 0; i < requests; ++i) {
+      now += -std::log(1 - random.UniformDouble());
+      const double begin = std::max(now, free.front());
+      begun.push_back(begin);
+      free.front() =
+          begin - load * static_cast<double>(servers) * std::log(1 - random.UniformDouble());
+      std::ranges::sort(free);
+      // They begin in the order of their arrival.
+      const auto served = std::ranges::upper_bound(begun, now) - begun.begin();
+      waiting[3 * i / requests] += static_cast<double>(i + 1 - static_cast<size_t>(served));
+    }
+    for (double& sum : waiting) sum /= static_cast<double>(requests) / 3;
+    said += QueueGrows(waiting, requests) ? 1 : 0;
+  }
+  return static_cast<double>(said) / kRuns;
+}
+
+TEST(QueueGrowsTest, TellsLoadPastTheLimitFromBadMoments) {
+  constexpr uint64_t kSeed = 20261130;
+  Random random(kSeed);
+  SCOPED_TRACE(testing::Message() << "seed " << kSeed);
+  for (const size_t servers : {2, 8, 32}) {
+    SCOPED_TRACE(testing::Message() << servers << " servers");
+    EXPECT_LE(ShareSaidToGrow(200, servers, 0.7, random), 0.02);
+    EXPECT_LE(ShareSaidToGrow(200, servers, 0.9, random), 0.08);
+    EXPECT_GE(ShareSaidToGrow(200, servers, 1.2, random), 0.5);
+    EXPECT_GE(ShareSaidToGrow(200, servers, 1.5, random), 0.9);
+    EXPECT_LE(ShareSaidToGrow(1500, servers, 0.9, random), 0.05);
+    EXPECT_GE(ShareSaidToGrow(1500, servers, 1.1, random), 0.7);
+    EXPECT_GE(ShareSaidToGrow(1500, servers, 1.2, random), 0.95);
+    // So few requests can tell little, and must not say too much.
+    EXPECT_LE(ShareSaidToGrow(24, servers, 0.9, random), 0.12);
+  }
 }
 
 TEST_F(ServeTest, AGrowingQueueIsSeenInOpenLoopsOnly) {
