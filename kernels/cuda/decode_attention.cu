@@ -165,6 +165,14 @@ __global__ void __launch_bounds__(kThreads)
             min(entries, first + kNormalisedAtOnce), scores.left_to[index]);
 }
 
+// Adds `piece` times `factor`.
+__device__ __forceinline__ void AddScaled(float4& value, const float4& piece, float factor) {
+  value.x += piece.x * factor;
+  value.y += piece.y * factor;
+  value.z += piece.z * factor;
+  value.w += piece.w * factor;
+}
+
 // Joins the splits of `group` heads, in order: join(q, i, values, width) is called for every
 // `width` elements i .. of every head q (four, or one where four does not divide the head
 // dimension), not divided by the sum in softmax[q]. `share` [g, splits] is scratch. Memory is far
@@ -218,11 +226,7 @@ __device__ __forceinline__ void JoinSplits(const Splits& splits, const Part& par
     float4 value = {};
     if (width == 4) {
       const auto add = [&](const float4& piece, int s) {
-        const float factor = share[q * all_splits + s];
-        value.x += piece.x * factor;
-        value.y += piece.y * factor;
-        value.z += piece.z * factor;
-        value.w += piece.w * factor;
+        AddScaled(value, piece, share[q * all_splits + s]);
       };
       const bool has_ahead = e == static_cast<int>(threadIdx.x);
 #pragma unroll
@@ -273,10 +277,7 @@ __device__ __forceinline__ void JoinCluster(const Team& team, const ClusterSums&
     for (int s = 0; s < kMostClusterBlocks; ++s) {
       const float share = __shfl_sync(~0u, factor, s);
       if (s >= part.used || i >= D) continue;
-      value.x += piece[s].x * share;
-      value.y += piece[s].y * share;
-      value.z += piece[s].z * share;
-      value.w += piece[s].w * share;
+      AddScaled(value, piece[s], share);
     }
     Softmax merged = softmax;
     if (i < D) merged = result.WriteFour(part.row, head, i, value, softmax);
@@ -664,12 +665,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int w = 0; w < kWarps; ++w) {
       const Softmax of_warp = warp_softmax[w][q];
       const float share = of_warp.sum == 0.0f ? 0.0f : exp2f(of_warp.maximum - highest);
-      const float4 piece =
-          *reinterpret_cast<const float4*>(warp_output + w * kWarpFloats + q * D + i);
-      value.x += piece.x * share;
-      value.y += piece.y * share;
-      value.z += piece.z * share;
-      value.w += piece.w * share;
+      const float* const piece = warp_output + w * kWarpFloats + q * D + i;
+      AddScaled(value, *reinterpret_cast<const float4*>(piece), share);
       total += of_warp.sum * share;
     }
     if (part.used == 1) {

@@ -232,7 +232,8 @@ class Server {
   }
 
   void CountIssued() {
-    const size_t third = std::min<size_t>(3 * issued_ / books_.size(), 2);
+    KVSWEEP_CHECK_LT(issued_, books_.size());
+    const size_t third = 3 * issued_ / books_.size();
     waiting_[third] += batcher_.waiting();
     ++arrivals_[third];
     ++issued_;

@@ -305,14 +305,15 @@ absl::Status Trial::MeasureLoad() {
                                    },
                                .open_loop = IsOpenLoop(arrivals)};
   const auto limit_ns = static_cast<int64_t>(request_.spec().limits().trial());
-  const ServeOptions options{.clock = &clock(),
-                             .modelled = modelled(),
-                             .time_limit_ns = limit_ns,
-                             .wall = is_modelled() ? context_.wall : nullptr,
-                             .wall_deadline_ns = context_.wall->NowNs() + limit_ns,
-                             .cancel = context_.cancel,
-                             .progress = [this](size_t done) { ReportProgress(done); },
-                             .run_ahead = runs_ahead()};
+  const ServeOptions options{
+      .clock = &clock(),
+      .modelled = modelled(),
+      .time_limit_ns = limit_ns,
+      .wall = is_modelled() ? context_.wall : nullptr,
+      .wall_deadline_ns = context_.wall->NowNs() + limit_ns,
+      .cancel = context_.cancel,
+      .progress = [this](size_t done) { ReportProgress(done); },
+      .run_ahead = runs_ahead()};
   EnterPhase("measure", requests.size());
   ASSIGN_OR_RETURN(served_, ServeLoad(engine_.get(), schedule, options, [this](RequestRow row) {
                      Record record = NewRecord();

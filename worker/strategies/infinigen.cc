@@ -278,8 +278,8 @@ void InfinigenStrategy::Attend(const StepView& step, int32_t layer, const Attent
 }
 
 // Keys and values go to the host pool (and to the device, where full layers or a prompt's history
-// stay there), partial keys to the device and, for a later resume, to the host. Nothing of this
-// step reads what goes to the host or the partial keys: the next layer does not wait for them.
+// stay there), partial keys to the device and, for a later resume, to the host. Nothing of this step
+// reads what goes to the host or the partial keys: the next layer does not wait for them.
 void InfinigenStrategy::AppendLayer(const StepView& step, int32_t layer,
                                     const AttentionInputs& inputs) {
   Backend& backend = *context_.backend;
