@@ -4,9 +4,9 @@
 // (with fewer than eight heads most of it is idle, and it costs nothing that anybody waits for).
 //
 // A (row, KV head) is cut into splits of plan.split_tokens tokens, one block each. A few are a
-// cluster, whose blocks read each other's sums; of more the block that arrives last joins the sums
-// that the others have left in memory. Either joins in the order of the splits, so no result
-// depends on who came when.
+// cluster, whose blocks send each head's sums to the one that joins them; of more the block that
+// arrives last joins the sums that the others have left in memory. Either joins in the order of the
+// splits, so no result depends on who came when.
 //
 // Stored keys and values were written by earlier steps, or by what an ordinary launch waits for:
 // the first tiles are asked for before the kernel ahead, which makes this step's keys, has ended.
@@ -14,6 +14,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/bulk_copy.cuh"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/launch.h"
@@ -244,40 +245,59 @@ __device__ __forceinline__ void JoinSplits(const Splits& splits, const Part& par
   }
 }
 
-// What a block of a cluster lets the others read.
-struct ClusterSums {
-  float* output;     // [g, d]
-  Softmax* softmax;  // [g]
-};
-
-// Joins the splits of a cluster's blocks, in order; each block that has one takes some heads, each
-// warp one at a time. Between two meetings of the cluster. Another block's memory is far away, so
-// everything of it is asked for before anything is used.
+// What the blocks of a cluster send each other: head q is joined by block q % used, which takes
+// the sums of all blocks for its first head, then those for its second, ....
 template <int D>
-__device__ __forceinline__ void JoinCluster(const Team& team, const ClusterSums& sums,
-                                            const Part& part, int32_t group,
-                                            const AttentionResult& result, const Scores& scores) {
+struct ClusterInbox {
+  float output[kMostClusterBlocks][D];
+  Softmax softmax[kMostClusterBlocks];
+  uint64_t arrived;  // a barrier that counts the bytes
+
+  // Heads of the group that block `split` joins.
+  static __device__ __forceinline__ int Heads(int split, int used, int group) {
+    return split < group ? (group - 1 - split) / used + 1 : 0;
+  }
+  // By one thread, before it arrives at the cluster's first meeting.
+  __device__ __forceinline__ void Expect(int heads, int used) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const uint32_t barrier = SharedAddress(&arrived);
+    InitialiseBarrier(barrier, 1);
+    PublishBarriers();
+    ArriveExpecting(barrier, heads * used * (D * sizeof(float) + sizeof(Softmax)));
+#endif
+  }
+};
+// Every block and head has a place, whatever is used of them.
+static_assert([] {
+  for (int used = 2; used <= kMostClusterBlocks; ++used) {
+    if ((kHeads + used - 1) / used * used > kMostClusterBlocks) return false;
+  }
+  return true;
+}());
+
+// Joins the splits of a cluster's blocks, in order, for the heads whose sums were sent to this one;
+// each warp takes one at a time.
+template <int D>
+__device__ __forceinline__ void JoinCluster(const ClusterInbox<D>& inbox, const Part& part,
+                                            int32_t group, const AttentionResult& result,
+                                            const Scores& scores) {
   const int lane = threadIdx.x % 32;
   const int i = lane * 4;
-  for (int q = part.split + part.used * (static_cast<int>(threadIdx.x) / 32); q < group;
-       q += part.used * kWarps) {
-    const int32_t head = part.head * group + q;
-    float4 piece[kMostClusterBlocks];
-#pragma unroll
-    for (int s = 0; s < kMostClusterBlocks; ++s) {
-      if (s >= part.used || i >= D) continue;
-      piece[s] = team.Of(*reinterpret_cast<const float4*>(sums.output + q * D + i), s);
-    }
-    const Softmax mine = lane < part.used ? team.Of(sums.softmax[q], lane) : Softmax{};
+  const int warp = threadIdx.x / 32;
+  const int heads = ClusterInbox<D>::Heads(part.split, part.used, group);
+  if (warp < heads) AwaitSent(SharedAddress(&inbox.arrived), 0);
+  for (int h = warp; h < heads; h += kWarps) {
+    const int32_t head = part.head * group + part.split + h * part.used;
+    const int first = h * part.used;
+    const Softmax mine = lane < part.used ? inbox.softmax[first + lane] : Softmax{};
     const float highest = WarpMax(mine.maximum);
     const float factor = mine.sum == 0.0f ? 0.0f : exp2f(mine.maximum - highest);
     const Softmax softmax{highest, WarpSum(mine.sum * factor)};
     float4 value = {};
-#pragma unroll
-    for (int s = 0; s < kMostClusterBlocks; ++s) {
+    for (int s = 0; s < part.used; ++s) {
       const float share = __shfl_sync(~0u, factor, s);
-      if (s >= part.used || i >= D) continue;
-      AddScaled(value, piece[s], share);
+      if (i >= D) continue;
+      AddScaled(value, *reinterpret_cast<const float4*>(&inbox.output[first + s][i]), share);
     }
     Softmax merged = softmax;
     if (i < D) merged = result.WriteFour(part.row, head, i, value, softmax);
@@ -465,6 +485,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int group = args.query_heads / args.kv_heads;
   ReleaseLaterKernels();
   const Part part = FindPart(args, args.kv_heads, 1);
+  const Team team = clustered ? ClusterTeam() : Team{1, 0};
+  const bool exchanges = clustered && part.used > 1;
+  ClusterInbox<D>& inbox = *reinterpret_cast<ClusterInbox<D>*>(shared + kSharedBytes<T, D>);
+  if (exchanges) {
+    const int heads = ClusterInbox<D>::Heads(part.split, part.used, group);
+    if (threadIdx.x == 0 && part.split < part.used) inbox.Expect(heads, part.used);
+    team.Arrive();
+  }
   T* const stages = reinterpret_cast<T*>(shared) + warp * kPipeline * kStageElements;
   const TileLoader<T, D> loader(args, part, stages);
   const bool needed = part.split < part.used;
@@ -506,15 +534,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                "l"(splits.output), "l"(splits.arrivals), "l"(args.current_value.data),
                "l"(args.query.data), "f"(args.scale), "l"(args.probability));
   WaitForEarlierKernels();
-  const bool exchanges = clustered && part.used > 1;
-  const Team team = clustered ? ClusterTeam() : Team{1, 0};
-  if (!needed) {
-    if (exchanges) {
-      team.Meet();
-      team.Meet();
-    }
-    return;
-  }
+  if (!needed) return;
 
   // Rows of the product are the group's heads: this lane holds row lane / 4.
   uint32_t query[D / 16][2];
@@ -634,14 +654,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);
 
-  // The warps' results meet in shared memory, each where the warp's stages were, and the block's
-  // behind the first one's.
+  // The warps' results meet in shared memory, each where the warp's stages were.
   __shared__ Softmax warp_softmax[kWarps][kHeads];
   __shared__ Softmax joined[kHeads];
   constexpr int kWarpFloats = kPipeline * kStageElements * static_cast<int>(sizeof(T)) / 4;
-  static_assert(2 * kHeads * D <= kWarpFloats);
+  static_assert(kHeads * D <= kWarpFloats);
   float* const warp_output = reinterpret_cast<float*>(shared);  // [kWarps, kWarpFloats]
-  const ClusterSums sums{.output = warp_output + kHeads * D, .softmax = joined};
   __syncwarp();
   if (lane / 4 < group) {
     float* const line = warp_output + warp * kWarpFloats + lane / 4 * D + lane % 4 * 2;
@@ -652,6 +670,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (lane % 4 == 0) warp_softmax[warp][lane / 4] = {maximum, sum};
   }
   __syncthreads();
+  if (exchanges) team.AwaitArrivals();  // all blocks run, and expect what is sent to them
   const int64_t first_part = (int64_t{part.pair} * args.plan.splits + part.split) * group;
   for (int e = threadIdx.x; e < group * (D / 4); e += kThreads) {
     const int q = e / (D / 4);
@@ -675,23 +694,21 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (i == 0) joined[q] = softmax;
       continue;
     }
-    float* const to = exchanges ? sums.output + q * D : splits.output + (first_part + q) * D;
-    *reinterpret_cast<float4*>(to + i) = value;
+    if (exchanges) {
+      const int owner = q % part.used;
+      const int place = q / part.used * part.used + part.split;
+      team.Send(inbox.output[place][i], value, owner, inbox.arrived);
+      if (i == 0) team.Send(inbox.softmax[place], Softmax{highest, total}, owner, inbox.arrived);
+      continue;
+    }
+    *reinterpret_cast<float4*>(splits.output + (first_part + q) * D + i) = value;
     if (i > 0) continue;
     joined[q] = {highest, total};
-    if (exchanges) continue;
     splits.maximum[first_part + q] = highest;
     splits.sum[first_part + q] = total;
   }
-  if (exchanges) {
-    team.Meet();
-    JoinCluster<D>(team, sums, part, group, result, scores);
-    team.Meet();  // nobody reads this block's sums any more
-    // Not before: a meeting waits for all stores.
-    if (own_offset >= 0) own.Store(append.target, own_offset);
-    return;
-  }
   if (own_offset >= 0) own.Store(append.target, own_offset);
+  if (exchanges) return JoinCluster<D>(inbox, part, group, result, scores);
   if (part.used > 1) {
     if (!ArrivesLast(splits, part)) return;
     float* const share = reinterpret_cast<float*>(shared);
@@ -797,9 +814,10 @@ template <typename T, int D>
 cudaError_t LaunchFast(const DecodeAttentionArgs& args, const AppendArgs& append,
                        const Splits& splits, const AttentionResult& result, const Scores& scores,
                        const LaunchContext& context) {
-  constexpr int kBytes = kSharedBytes<T, D>;
-  static const cudaError_t configured = cudaFuncSetAttribute(
-      DecodeAttentionKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  constexpr int kInboxBytes = sizeof(ClusterInbox<D>);
+  static const cudaError_t configured =
+      cudaFuncSetAttribute(DecodeAttentionKernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           kSharedBytes<T, D> + kInboxBytes);
   if (configured != cudaSuccess) return configured;
   const bool clustered = IsClustered(int64_t{args.rows} * args.kv_heads, args.plan.splits, context);
   if (clustered) {
@@ -808,7 +826,8 @@ cudaError_t LaunchFast(const DecodeAttentionArgs& args, const AppendArgs& append
     if (allowed != cudaSuccess) return allowed;
   }
   const auto blocks = static_cast<unsigned>(args.rows * args.kv_heads * args.plan.splits);
-  return LaunchDependentClusters(context, DecodeAttentionKernel<T, D>, blocks, kThreads, kBytes,
+  const int bytes = kSharedBytes<T, D> + (clustered ? kInboxBytes : 0);
+  return LaunchDependentClusters(context, DecodeAttentionKernel<T, D>, blocks, kThreads, bytes,
                                  clustered ? static_cast<unsigned>(args.plan.splits) : 1, args,
                                  append, splits, result, scores, clustered);
 }
