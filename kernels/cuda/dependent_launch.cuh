@@ -9,11 +9,12 @@
 //   of a kernel's blocks have waited is what makes its own end mean the end of all before it.
 //   Ahead of the call only the kernel's arguments and constants of the model may be read (weights,
 //   biases, tables that are written when the model is loaded), and the arrays that say which rows
-//   are active, at what position, how long, how many of their slots are heavy or recent and where
-//   they are stored: copies write those (or another stream, behind a wait), and a kernel behind
-//   either starts ordinarily. Decode attention also reads stored keys and values early: earlier
-//   steps wrote them, or, of this step, another stream (a wait for an event makes the launch
-//   ordinary) or the copies of a fork (CopyBlocks makes the next launch ordinary).
+//   are active, at what position, how long, how many of their slots are heavy or recent, how many
+//   may be selected and where they are stored: copies write those (or another stream, behind a
+//   wait), and a kernel behind either starts ordinarily. Decode attention also reads stored keys and
+//   values early, and speculation stored partial keys: earlier steps wrote them, or, of this step,
+//   another stream (a wait for an event makes the launch ordinary) or the copies of a fork
+//   (CopyBlocks makes the next launch ordinary).
 // - Every block calls ReleaseLaterKernels as early as it can, usually first of all: blocks of the
 //   next kernel start when every block of this one has called it (or has ended), and those wait for
 //   this one's end on their own. A kernel that never calls it is right too, and hides nothing.

@@ -50,9 +50,10 @@ __device__ __forceinline__ bool Selects(const SelectTopArgs& args, int64_t row) 
   return IsActive(args.row_active, row) && args.length[row] > 0;
 }
 
-// How many entries a selecting row and head take; each warp finds it for itself. Integers, so the
-// order of the sums does not matter.
-__device__ int32_t SelectedCount(const SelectTopArgs& args, int64_t row, int32_t head) {
+// How many entries a selecting row and head take, `most` at most; each warp finds it for itself.
+// Integers, so the order of the sums does not matter.
+__device__ __forceinline__ int32_t SelectedCount(const SelectTopArgs& args, int64_t row,
+                                                 int32_t head, int32_t most) {
   int64_t wanted;
   if (args.wanted != nullptr) {
     wanted = args.wanted[row];
@@ -62,20 +63,19 @@ __device__ int32_t SelectedCount(const SelectTopArgs& args, int64_t row, int32_t
     const bool batch = args.scope == SelectionScope::kBatch;
     const int32_t first = batch ? 0 : static_cast<int32_t>(row) * args.kv_heads;
     const int32_t end = batch ? args.rows * args.kv_heads : first + args.kv_heads;
-    unsigned long long counted = 0;
+    uint64_t counted = 0;
     int32_t pairs = 0;
     for (int32_t i = first + static_cast<int32_t>(threadIdx.x % 32); i < end; i += 32) {
       if (batch && !Selects(args, i / args.kv_heads)) continue;
-      counted += static_cast<unsigned long long>(args.count[i]);
+      counted += static_cast<uint32_t>(args.count[i]);
       ++pairs;
     }
-    for (int offset = 16; offset > 0; offset /= 2) {
-      counted += __shfl_xor_sync(~0u, counted, offset);
-    }
-    wanted = static_cast<int64_t>(counted) / __reduce_add_sync(~0u, pairs);
+    // In two halves that 32 lanes cannot overflow.
+    const uint32_t low = __reduce_add_sync(~0u, static_cast<uint32_t>(counted & 0xffffffu));
+    const uint32_t high = __reduce_add_sync(~0u, static_cast<uint32_t>(counted >> 24));
+    wanted = static_cast<int64_t>(low + (uint64_t{high} << 24)) / __reduce_add_sync(~0u, pairs);
   }
-  const int64_t most = min(args.limit[row], args.length[row]);
-  return static_cast<int32_t>(max(int64_t{1}, min(wanted, most)));
+  return static_cast<int32_t>(max(int64_t{1}, min(wanted, int64_t{most})));
 }
 
 // Marks what has been selected in the slots' memory of their use. For one block.
@@ -100,30 +100,23 @@ struct Run {
   int32_t end;
   int32_t share;  // tokens of a run, a multiple of 32
 
-  __device__ Run(const Team& team, int32_t length) {
+  // A team is a power of two.
+  __device__ __forceinline__ Run(const Team& team, int32_t length) {
     const int32_t threads = team.size * kThreads;
-    share = (length + threads - 1) / threads * 32;
+    share = (length + threads - 1) >> (31 - __clz(threads)) << 5;
     begin = min((team.rank * kWarps + static_cast<int32_t>(threadIdx.x / 32)) * share, length);
     end = min(begin + share, length);
   }
 };
 
-// Calls body(t, key) for each token of the run, whole warps at a time; beyond its end the key is 0.
-// kHeld: the keys are those in registers.
-template <bool kHeld, int kItems, typename Body>
-__device__ __forceinline__ void ForTokens(const Run& run, const uint32_t (&held)[kItems],
-                                          const float* margin, const Body& body) {
-  const int32_t lane = threadIdx.x % 32;
-  if constexpr (kHeld) {
+// Calls body(j, t, key) for each key in registers, of token t; beyond the run's end it is 0.
+template <int kItems, typename Body>
+__device__ __forceinline__ void ForHeld(const Run& run, const uint32_t (&held)[kItems],
+                                        const Body& body) {
 #pragma unroll
-    for (int j = 0; j < kItems; ++j) {
-      if (j * 32 >= run.share) break;
-      body(run.begin + j * 32 + lane, held[j]);
-    }
-  } else {
-    for (int32_t t = run.begin + lane; t - lane < run.end; t += 32) {
-      body(t, t < run.end ? OrderedKey(margin[t]) : 0);
-    }
+  for (int j = 0; j < kItems; ++j) {
+    if (kItems > kFewItems && j * 32 >= run.share) break;
+    body(j, run.begin + j * 32 + static_cast<int32_t>(threadIdx.x % 32), held[j]);
   }
 }
 
@@ -135,13 +128,12 @@ __device__ __forceinline__ float OfKey(uint32_t key) {
 // The threshold of keys in registers; false if they do not spread.
 template <int kItems>
 __device__ bool FindByRange(Scratch& scratch, const Team& team, const Run& run,
-                            const uint32_t (&held)[kItems], const float* margin, int32_t wanted,
-                            Threshold& threshold) {
+                            const uint32_t (&held)[kItems], int32_t wanted, Threshold& threshold) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   uint32_t smallest = ~0u;
   uint32_t largest = 0;
-  ForTokens<true>(run, held, margin, [&](int32_t t, uint32_t key) {
+  ForHeld(run, held, [&](int, int32_t t, uint32_t key) {
     if (t >= run.end) return;
     smallest = min(smallest, key);
     largest = max(largest, key);
@@ -169,7 +161,7 @@ __device__ bool FindByRange(Scratch& scratch, const Team& team, const Run& run,
   const auto bin_of = [&](uint32_t key) {
     return min(static_cast<int32_t>((top - OfKey(key)) * scale), kBins - 1);
   };
-  ForTokens<true>(run, held, margin, [&](int32_t t, uint32_t key) {
+  ForHeld(run, held, [&](int, int32_t t, uint32_t key) {
     if (t < run.end) atomicAdd(&scratch.bin[bin_of(key)], 1u);
   });
   team.Meet();
@@ -197,7 +189,7 @@ __device__ bool FindByRange(Scratch& scratch, const Team& team, const Run& run,
   if (within > kMostCandidates) return false;
   const int32_t found_bin = scratch.found_bin;
   const int32_t left = wanted - scratch.found_larger;
-  ForTokens<true>(run, held, margin, [&](int32_t t, uint32_t key) {
+  ForHeld(run, held, [&](int, int32_t t, uint32_t key) {
     if (t < run.end && bin_of(key) == found_bin) {
       scratch.candidate[atomicAdd(&scratch.candidates, 1)] = key;
     }
@@ -235,129 +227,189 @@ __device__ bool FindByRange(Scratch& scratch, const Team& team, const Run& run,
   return true;
 }
 
-// Writes the tokens above the threshold and those of its ties that belong, ascending.
-template <bool kHeld, int kItems>
-__device__ void WriteSelected(Scratch& scratch, const Team& team, const SelectTopArgs& args,
-                              int64_t row, int32_t head, const Run& run, int32_t length,
-                              const uint32_t (&held)[kItems], const float* margin,
-                              const Threshold& threshold, int32_t* index) {
-  // Where slots have positions of their own, the ties that belong are those with the lowest.
-  const bool placed = args.slot_position.data != nullptr;
-  const auto age = [&](int32_t t) {
-    const int32_t* const position = static_cast<const int32_t*>(args.slot_position.data);
-    return ~static_cast<uint32_t>(position[SlotOffset(args.slot_position, row, t, head)]);
-  };
-  uint32_t youngest = 0;
-  if (placed) {
-    youngest = FindThreshold<kThreads>(scratch.select, length, threshold.ties, [&](int32_t t) {
-                 return OrderedKey(margin[t]) == threshold.key ? age(t) : 0u;
-               }).key;
-  }
-  const auto is_tied = [&](int32_t t, uint32_t key) {
-    return t < run.end && key == threshold.key && (!placed || age(t) >= youngest);
-  };
+// Where slots have positions of their own, the ties that belong are those with the lowest: how old
+// a slot's token is, and the age from which on they belong.
+__device__ __forceinline__ uint32_t Age(const SelectTopArgs& args, int64_t row, int32_t head,
+                                        int32_t t) {
+  const int32_t* const position = static_cast<const int32_t*>(args.slot_position.data);
+  return ~static_cast<uint32_t>(position[SlotOffset(args.slot_position, row, t, head)]);
+}
+__device__ __noinline__ uint32_t FindYoungest(SelectScratch& scratch, const SelectTopArgs& args,
+                                              int64_t row, int32_t head, int32_t length,
+                                              const float* margin, const Threshold& threshold) {
+  return FindThreshold<kThreads>(
+             scratch, length, threshold.ties,
+             [&](int32_t t) {
+               return OrderedKey(margin[t]) == threshold.key ? Age(args, row, head, t) : 0u;
+             })
+      .key;
+}
 
+// Tokens above the threshold, and equal to it, of all warps ahead of this one; each warp has
+// counted its own.
+__device__ __forceinline__ int2 CountAhead(Scratch& scratch, const Team& team, int2 own) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  int32_t larger = 0;
-  int32_t equal = 0;
-  ForTokens<kHeld>(run, held, margin, [&](int32_t t, uint32_t key) {
-    larger += __popc(__ballot_sync(~0u, t < run.end && key > threshold.key));
-    equal += __popc(__ballot_sync(~0u, is_tied(t, key)));
-  });
-  if (lane == 0) scratch.of_warp[warp] = make_int2(larger, equal);
+  if (lane == 0) scratch.of_warp[warp] = own;
   __syncthreads();
-  int2 of_warp = lane < kWarps ? scratch.of_warp[lane] : make_int2(0, 0);
+  int2 ahead = lane < kWarps ? scratch.of_warp[lane] : make_int2(0, 0);
   if (team.size > 1) {
     if (warp == 0) {
-      const int32_t all_larger = __reduce_add_sync(~0u, of_warp.x);
-      const int32_t all_equal = __reduce_add_sync(~0u, of_warp.y);
+      const int32_t all_larger = __reduce_add_sync(~0u, ahead.x);
+      const int32_t all_equal = __reduce_add_sync(~0u, ahead.y);
       if (lane == 0) scratch.of_block = make_int2(all_larger, all_equal);
     }
     team.Meet();
   }
-  if (lane >= warp) of_warp = make_int2(0, 0);
+  if (lane >= warp) ahead = make_int2(0, 0);
   for (int other = lane; other < team.rank; other += 32) {
     const int2 of_block = team.Of(scratch.of_block, other);
-    of_warp.x += of_block.x;
-    of_warp.y += of_block.y;
+    ahead.x += of_block.x;
+    ahead.y += of_block.y;
   }
-  int32_t written = __reduce_add_sync(~0u, of_warp.x);
-  int32_t equal_before = __reduce_add_sync(~0u, of_warp.y);
-  written += min(equal_before, threshold.ties);
-  const uint32_t below = (1u << lane) - 1u;
-  ForTokens<kHeld>(run, held, margin, [&](int32_t t, uint32_t key) {
-    const bool ties = is_tied(t, key);
-    const uint32_t tied = __ballot_sync(~0u, ties);
-    const bool takes = (t < run.end && key > threshold.key) ||
-                       (ties && equal_before + __popc(tied & below) < threshold.ties);
-    const uint32_t taken = __ballot_sync(~0u, takes);
-    if (takes) index[written + __popc(taken & below)] = t;
-    written += __popc(taken);
-    equal_before += __popc(tied);
-  });
+  return make_int2(__reduce_add_sync(~0u, ahead.x), __reduce_add_sync(~0u, ahead.y));
 }
 
-template <int kItems>
+// Where a warp writes its tokens.
+struct Writer {
+  int32_t* index;
+  int32_t written;
+  int32_t ties;  // left to take
+
+  __device__ __forceinline__ Writer(int32_t* index, int2 ahead, const Threshold& threshold)
+      : index(index),
+        written(ahead.x + min(ahead.y, threshold.ties)),
+        ties(max(threshold.ties - ahead.y, 0)) {}
+  // Of 32 tokens, this lane's being t: those whose bits say that they are above the threshold, and
+  // the first of those that are equal to it.
+  __device__ __forceinline__ void Write(int32_t t, uint32_t larger, uint32_t equal) {
+    const int32_t takes = min(__popc(equal), ties);
+    if ((larger | equal) != 0) {
+      const uint32_t own = 1u << threadIdx.x % 32;
+      const int32_t rank = __popc(equal & (own - 1));
+      if ((larger & own) != 0 || ((equal & own) != 0 && rank < takes)) {
+        index[written + __popc(larger & (own - 1)) + min(rank, takes)] = t;
+      }
+    }
+    written += __popc(larger) + takes;
+    ties -= takes;
+  }
+};
+
+// Writes the tokens above the threshold and those of its ties that belong, ascending.
+// is_tied(t, key)
+template <int kItems, typename IsTied>
+__device__ __forceinline__ void WriteSelected(Scratch& scratch, const Team& team, const Run& run,
+                                              const uint32_t (&held)[kItems],
+                                              const Threshold& threshold, int32_t* index,
+                                              const IsTied& is_tied) {
+  uint32_t larger[kItems];
+  uint32_t equal[kItems];
+  int2 own = make_int2(0, 0);
+  ForHeld(run, held, [&](int j, int32_t t, uint32_t key) {
+    larger[j] = __ballot_sync(~0u, key > threshold.key);
+    equal[j] = __ballot_sync(~0u, t < run.end && is_tied(t, key));
+    own.x += __popc(larger[j]);
+    own.y += __popc(equal[j]);
+  });
+  Writer writer(index, CountAhead(scratch, team, own), threshold);
+  ForHeld(run, held, [&](int j, int32_t t, uint32_t) { writer.Write(t, larger[j], equal[j]); });
+}
+
+// All of it from memory. For one block.
+__device__ __noinline__ void SelectFromMemory(Scratch& scratch, const SelectTopArgs& args,
+                                              int64_t row, int32_t head, int32_t length,
+                                              const float* margin, int32_t selected,
+                                              int32_t* index) {
+  const Run run({1, 0}, length);
+  const Threshold threshold = FindThreshold<kThreads>(
+      scratch.select, length, selected, [&](int32_t t) { return OrderedKey(margin[t]); });
+  const bool placed = args.slot_position.data != nullptr;
+  const uint32_t youngest =
+      placed ? FindYoungest(scratch.select, args, row, head, length, margin, threshold) : 0;
+  const auto for_tokens = [&](const auto& body) {
+    const int32_t lane = threadIdx.x % 32;
+    for (int32_t t = run.begin + lane; t - lane < run.end; t += 32) {
+      const uint32_t key = t < run.end ? OrderedKey(margin[t]) : 0;
+      const bool tied =
+          t < run.end && key == threshold.key && (!placed || Age(args, row, head, t) >= youngest);
+      body(t, __ballot_sync(~0u, key > threshold.key), __ballot_sync(~0u, tied));
+    }
+  };
+  int2 own = make_int2(0, 0);
+  for_tokens([&](int32_t, uint32_t larger, uint32_t equal) {
+    own.x += __popc(larger);
+    own.y += __popc(equal);
+  });
+  Writer writer(index, CountAhead(scratch, {1, 0}, own), threshold);
+  for_tokens([&](int32_t t, uint32_t larger, uint32_t equal) { writer.Write(t, larger, equal); });
+}
+
+// kSlots: slots have positions of their own, or remember their use.
+template <int kItems, bool kSlots>
 __global__ void __launch_bounds__(kThreads)
     SelectTopKernel(const __grid_constant__ SelectTopArgs args) {
   __shared__ Scratch scratch;
   ReleaseLaterKernels();
   Team team = ClusterTeam();
-  const int64_t pair = blockIdx.x / team.size;
-  const int64_t row = pair / args.kv_heads;
-  const int32_t head = static_cast<int32_t>(pair % args.kv_heads);
+  const int32_t pair = static_cast<int32_t>(blockIdx.x) / team.size;
+  const int32_t row = pair / args.kv_heads;
+  const int32_t head = pair % args.kv_heads;
   const bool selects = Selects(args, row);
+  const int32_t stored = selects ? args.length[row] : 0;
+  const int32_t most = selects ? min(args.limit[row], stored) : 0;
   // Should a length or a limit be larger than its array, nothing outside is touched.
-  const int32_t length =
-      selects
-          ? static_cast<int32_t>(min(static_cast<int64_t>(args.length[row]), args.margin_stride))
-          : 0;
-  WaitForEarlierKernels();
+  const auto length = static_cast<int32_t>(min(int64_t{stored}, args.margin_stride));
   constexpr int32_t kBlockItems = kItems * kThreads;
   // Short rows are one block's, and so are those that all blocks together cannot hold.
   const bool held = length <= team.size * kBlockItems;
-  if (team.size > 1 && (length <= kBlockItems || !held)) {
-    if (team.rank > 0) return;
-    team.size = 1;
-  }
+  const bool rests = team.size > 1 && (length <= kBlockItems || !held) && team.rank > 0;
+  if (length <= kBlockItems || !held) team.size = 1;
+  const float* const margin = args.margin + pair * args.margin_stride;
+  int32_t* const index = args.index + pair * args.index_stride;
+  const Run run(team, length);
+  WaitForEarlierKernels();
+  if (rests) return;
   if (!selects) {
     if (team.rank == 0 && threadIdx.x == 0) args.selected[pair] = 0;
     return;
   }
-  const float* const margin = args.margin + pair * args.margin_stride;
-  int32_t* const index = args.index + pair * args.index_stride;
-  const Run run(team, length);
-  uint32_t key[kItems];
+  float value[kItems];
   if (held) {
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
-      if (j * 32 >= run.share) break;
       const int32_t t = run.begin + j * 32 + static_cast<int32_t>(threadIdx.x % 32);
-      key[j] = t < run.end ? OrderedKey(margin[t]) : 0;
+      value[j] = t < run.end ? margin[t] : 0.0f;
     }
   }
-  const int32_t wanted = SelectedCount(args, row, head);
+  const int32_t wanted = SelectedCount(args, row, head, most);
   const int32_t selected =
-      static_cast<int32_t>(min(static_cast<int64_t>(min(wanted, length)), args.index_stride));
+      static_cast<int32_t>(min(int64_t{min(wanted, length)}, args.index_stride));
   if (team.rank == 0 && threadIdx.x == 0) args.selected[pair] = wanted;
   if (selected == length) {
     for (int32_t t = run.begin + threadIdx.x % 32; t < run.end; t += 32) index[t] = t;
   } else {
-    Threshold threshold;
-    if (!held || !FindByRange(scratch, team, run, key, margin, selected, threshold)) {
-      threshold = FindThreshold<kThreads>(scratch.select, length, selected,
-                                          [&](int32_t t) { return OrderedKey(margin[t]); });
+    uint32_t key[kItems];
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const int32_t t = run.begin + j * 32 + static_cast<int32_t>(threadIdx.x % 32);
+      key[j] = t < run.end ? OrderedKey(value[j]) : 0;
     }
-    if (held) {
-      WriteSelected<true>(scratch, team, args, row, head, run, length, key, margin, threshold,
-                          index);
-    } else {
-      WriteSelected<false>(scratch, team, args, row, head, run, length, key, margin, threshold,
-                           index);
+    Threshold threshold;
+    if (held && FindByRange(scratch, team, run, key, selected, threshold)) {
+      const bool placed = kSlots && args.slot_position.data != nullptr;
+      uint32_t youngest = 0;
+      if (placed) {
+        youngest = FindYoungest(scratch.select, args, row, head, length, margin, threshold);
+      }
+      WriteSelected(scratch, team, run, key, threshold, index, [&](int32_t t, uint32_t k) {
+        return k == threshold.key && (!placed || Age(args, row, head, t) >= youngest);
+      });
+    } else if (team.rank == 0) {
+      SelectFromMemory(scratch, args, row, head, length, margin, selected, index);
     }
   }
-  const bool marks = args.use_rule != SlotUse::kNone;
+  const bool marks = kSlots && args.use_rule != SlotUse::kNone;
   // Behind this nobody reads another's memory.
   if (team.size > 1 || marks) team.Meet();
   if (marks && team.rank == 0) MarkUse(args, row, head, length, selected, index);
@@ -370,16 +422,20 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t Launch(const SelectTopArgs& args, const LaunchContext& context) {
   const auto pairs = static_cast<unsigned>(args.rows * args.kv_heads);
+  const bool slots = args.slot_position.data != nullptr || args.use_rule != SlotUse::kNone;
   if (args.margin_stride <= kFewItems * kThreads) {
-    return LaunchDependent(context, SelectTopKernel<kFewItems>, pairs, kThreads, 0, args);
+    return LaunchDependent(
+        context, slots ? SelectTopKernel<kFewItems, true> : SelectTopKernel<kFewItems, false>,
+        pairs, kThreads, 0, args);
   }
   unsigned blocks = 1;  // of a row and head
   while (context.architecture >= 90 && blocks < kMostBlocks &&
          blocks * int64_t{kManyItems * kThreads} < args.margin_stride) {
     blocks *= 2;
   }
-  return LaunchDependentClusters(context, SelectTopKernel<kManyItems>, pairs * blocks, kThreads, 0,
-                                 blocks, args);
+  return LaunchDependentClusters(
+      context, slots ? SelectTopKernel<kManyItems, true> : SelectTopKernel<kManyItems, false>,
+      pairs * blocks, kThreads, 0, blocks, args);
 }
 
 }  // namespace kvsweep::cuda

@@ -5,7 +5,8 @@
 //
 // The first pass is a read of all partial keys, and all that matters is that memory is never idle:
 // where a block of the cache is one run of bytes per head, the copy engine brings a piece into
-// shared memory, and the several blocks of a multiprocessor load and compute in turn.
+// shared memory, and the several blocks of a multiprocessor load and compute in turn. Stored keys
+// were written by earlier steps: the first piece is asked for before the kernel ahead has ended.
 #include <algorithm>
 
 #include "kernels/cuda/bulk_copy.cuh"
@@ -33,15 +34,17 @@ struct Between {
   float* largest;
   int32_t first_row;
   int32_t rows;
-  int32_t piece;   // tokens
-  int32_t slices;  // of a row: slice s takes pieces s, s + slices, …
+  int32_t piece;          // tokens
+  int32_t slices;         // of a row: slice s takes pieces s, s + slices, …
+  int64_t longest;        // tokens of a row
+  int32_t margin_blocks;  // of a row, in the second pass
 };
 
 // How keys come: element by element from any format; bf16 in vectors of eight; such ones through
 // shared memory.
 enum class KeyPath { kElements, kVectors, kStaged };
 
-// Of the block.
+// What a block works on, one of `slices` of its row.
 struct Slice {
   int64_t row;      // of the arguments
   int64_t of_tile;  // of the scratch
@@ -49,9 +52,9 @@ struct Slice {
   int32_t index;
   int32_t stored;
 
-  __device__ Slice(const SpeculateArgs& args, const Between& between) {
-    const auto pair = static_cast<int32_t>(blockIdx.x / between.slices);
-    index = static_cast<int32_t>(blockIdx.x % between.slices);
+  __device__ Slice(const SpeculateArgs& args, const Between& between, int32_t slices) {
+    const auto pair = static_cast<int32_t>(blockIdx.x) / slices;
+    index = static_cast<int32_t>(blockIdx.x) % slices;
     head = pair % args.kv_heads;
     of_tile = pair / args.kv_heads;
     row = between.first_row + of_tile;
@@ -66,9 +69,10 @@ struct Slice {
 
 // Dot products of a bf16 key with kQueries queries [kQueries, d'] in shared memory.
 // All kAhead vectors of a batch are under way before the first is used.
-template <int kQueries, int kAhead>
+template <int kQueries>
 __device__ __forceinline__ void VectorScore(float (&sum)[kQueries], const float* query,
                                             const uint4* key, int32_t d) {
+  constexpr int kAhead = 5;
   uint4 vectors[kAhead];
   const int32_t count = d / 8;
   for (int32_t base = 0; base < count; base += kAhead) {
@@ -97,11 +101,42 @@ __device__ __forceinline__ void VectorScore(float (&sum)[kQueries], const float*
   }
 }
 
+// The same of two keys at once, so that a query is read once for both.
+template <int kQueries>
+__device__ __forceinline__ void ScoreTwo(float (&sum)[2][kQueries], const float* query,
+                                         const uint4* one, const uint4* other, int32_t d) {
+  for (int32_t i = 0; i < d / 8; ++i) {
+    const uint4 vectors[2] = {one[i], other[i]};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float element[2][4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t low = half == 0 ? vectors[k].x : vectors[k].z;
+        const uint32_t high = half == 0 ? vectors[k].y : vectors[k].w;
+        element[k][0] = __uint_as_float(low << 16);
+        element[k][1] = __uint_as_float(low & 0xffff0000u);
+        element[k][2] = __uint_as_float(high << 16);
+        element[k][3] = __uint_as_float(high & 0xffff0000u);
+      }
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q) {
+        const float4 four = *reinterpret_cast<const float4*>(query + q * d + i * 8 + half * 4);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          sum[k][q] += element[k][0] * four.x + element[k][1] * four.y;
+          sum[k][q] += element[k][2] * four.z + element[k][3] * four.w;
+        }
+      }
+    }
+  }
+}
+
 // Keys in shared memory, a piece after the other. On devices without a copy engine nothing uses it.
 class StagedKeys {
  public:
   // `barrier` and `keys` [piece, d'] in shared memory. The block's threads meet before the first
-  // Bring.
+  // Ask.
   __device__ StagedKeys(uint64_t* barrier, std::byte* keys)
       : barrier_(Address(barrier)), keys_(Address(keys)) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -111,9 +146,9 @@ class StagedKeys {
 #endif
   }
 
-  // Tokens [begin, end) of the slice's row and head, run by run; returns when they are there.
-  __device__ __forceinline__ void Bring(const KvView& view, const Slice& slice, int32_t begin,
-                                        int32_t end, int32_t piece, int32_t d) {
+  // Asks for tokens [begin, end) of the slice's row and head, run by run.
+  __device__ __forceinline__ void Ask(const KvView& view, const Slice& slice, int32_t begin,
+                                      int32_t end, int32_t piece, int32_t d) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     const int32_t token_bytes = d * static_cast<int32_t>(sizeof(__nv_bfloat16));
     if (threadIdx.x == 0) {
@@ -127,6 +162,11 @@ class StagedKeys {
       CopyBulk(keys_ + (first - begin) * token_bytes, ElementAt(view.key, DType::kBf16, offset),
                static_cast<uint32_t>(min(run, end - first) * token_bytes), barrier_, policy);
     }
+#endif
+  }
+  // Until they are there.
+  __device__ __forceinline__ void Await() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     WaitPhase(barrier_, phase_);
     phase_ ^= 1;
 #endif
@@ -154,12 +194,20 @@ __global__ void __launch_bounds__(kThreads)
   float* const query = reinterpret_cast<float*>(
       shared + (kPath == KeyPath::kStaged ? between.piece * d * sizeof(__nv_bfloat16) : 0));
   ReleaseLaterKernels();
-  const Slice slice(args, between);
+  const Slice slice(args, between, between.slices);
   const int32_t group = args.query_heads / args.kv_heads;
   StagedKeys staged(&barrier, shared);
+  const int32_t own_begin = slice.index * between.piece;
+  if constexpr (kPath == KeyPath::kStaged) {
+    __syncthreads();
+    if (own_begin < slice.stored) {
+      staged.Ask(keys, slice, own_begin, min(slice.stored, own_begin + between.piece),
+                 between.piece, d);
+    }
+  }
   WaitForEarlierKernels();
   if (slice.index == 0 && threadIdx.x == 0) args.count[slice.pair(args)] = 0;
-  if (slice.index * between.piece >= slice.stored) return;
+  if (own_begin >= slice.stored) return;
 
   // More queries than kQueries pass one handful after the other.
   for (int32_t first = 0; first < group; first += kQueries) {
@@ -176,23 +224,39 @@ __global__ void __launch_bounds__(kThreads)
     float largest[kQueries];
 #pragma unroll
     for (int q = 0; q < kQueries; ++q) largest[q] = -INFINITY;
-    for (int32_t begin = slice.index * between.piece; begin < slice.stored;
-         begin += between.slices * between.piece) {
+    for (int32_t begin = own_begin; begin < slice.stored; begin += between.slices * between.piece) {
       const int32_t end = min(slice.stored, begin + between.piece);
       __syncthreads();  // queries are there, and the piece before is done with
       if constexpr (kPath == KeyPath::kStaged) {
-        staged.Bring(keys, slice, begin, end, between.piece, d);
+        const bool asked = first == 0 && begin == own_begin;
+        if (!asked) staged.Ask(keys, slice, begin, end, between.piece, d);
+        staged.Await();
       }
-      for (int32_t t = begin + threadIdx.x; t < end; t += kThreads) {
-        float score[kQueries] = {};
-        if constexpr (kPath == KeyPath::kStaged) {
-          VectorScore<kQueries, 1>(
-              score, query,
-              reinterpret_cast<const uint4*>(shared + (t - begin) * d * sizeof(__nv_bfloat16)), d);
-        } else {
+      const auto keep = [&](int32_t t, const float(&score)[kQueries]) {
+#pragma unroll
+        for (int q = 0; q < kQueries; ++q) {
+          if (q < queries) out[q * args.margin_stride + t] = score[q];
+          largest[q] = fmaxf(largest[q], score[q]);
+        }
+      };
+      if constexpr (kPath == KeyPath::kStaged) {
+        for (int32_t t = begin + threadIdx.x; t < end; t += 2 * kThreads) {
+          const bool has_other = t + kThreads < end;
+          const auto key = [&](int32_t token) {
+            return reinterpret_cast<const uint4*>(shared +
+                                                  (token - begin) * d * sizeof(__nv_bfloat16));
+          };
+          float score[2][kQueries] = {};
+          ScoreTwo(score, query, key(t), key(has_other ? t + kThreads : t), d);
+          keep(t, score[0]);
+          if (has_other) keep(t + kThreads, score[1]);
+        }
+      } else {
+        for (int32_t t = begin + threadIdx.x; t < end; t += kThreads) {
+          float score[kQueries] = {};
           const int64_t offset = KvOffset(keys, slice.row, t, slice.head);
           if constexpr (kPath == KeyPath::kVectors) {
-            VectorScore<kQueries, 5>(
+            VectorScore<kQueries>(
                 score, query,
                 reinterpret_cast<const uint4*>(ElementAt(keys.key, DType::kBf16, offset)), d);
           } else {
@@ -202,11 +266,7 @@ __global__ void __launch_bounds__(kThreads)
               for (int q = 0; q < kQueries; ++q) score[q] += element * query[q * d + i];
             }
           }
-        }
-#pragma unroll
-        for (int q = 0; q < kQueries; ++q) {
-          if (q < queries) out[q * args.margin_stride + t] = score[q];
-          largest[q] = fmaxf(largest[q], score[q]);
+          keep(t, score);
         }
       }
     }
@@ -224,16 +284,42 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Tokens of a block in the second pass, which has kQueries scores of each under way.
+template <int kQueries>
+constexpr int kMarginTokens = (kQueries == 1   ? 8
+                               : kQueries == 8 ? 2
+                                               : 4) *
+                              kThreads;
+
+// One block for some tokens of a row and KV head. All scores are asked for before any is used, and
+// before the largest are known.
+template <int kQueries>
 __global__ void __launch_bounds__(kThreads) MarginKernel(const __grid_constant__ SpeculateArgs args,
                                                          const __grid_constant__ Between between) {
-  extern __shared__ float largest[];  // [g]
+  constexpr int kTokens = kMarginTokens<kQueries> / kThreads;  // of a thread
+  extern __shared__ float largest[];                           // [g]
   __shared__ int32_t warp_count[kWarps];
   ReleaseLaterKernels();
-  const Slice slice(args, between);
+  const Slice slice(args, between, between.margin_blocks);
   const int32_t group = args.query_heads / args.kv_heads;
+  const int32_t begin = slice.index * kMarginTokens<kQueries> + static_cast<int32_t>(threadIdx.x);
   WaitForEarlierKernels();
-  if (slice.index * between.piece >= slice.stored) return;
+  if (slice.index * kMarginTokens<kQueries> >= slice.stored) return;
   const int64_t first = slice.of_tile * args.query_heads + int64_t{slice.head} * group;
+  float score[kQueries][kTokens];
+  const auto load = [&](int32_t head) {
+#pragma unroll
+    for (int q = 0; q < kQueries; ++q) {
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        const int32_t t = begin + j * kThreads;
+        score[q][j] = head + q < group && t < slice.stored
+                          ? between.score[(first + head + q) * args.margin_stride + t]
+                          : -INFINITY;
+      }
+    }
+  };
+  load(0);
   const int32_t used = min(between.slices, (slice.stored + between.piece - 1) / between.piece);
   for (int32_t q = threadIdx.x / 32; q < group; q += kWarps) {
     float all = -INFINITY;
@@ -244,19 +330,28 @@ __global__ void __launch_bounds__(kThreads) MarginKernel(const __grid_constant__
     if (threadIdx.x % 32 == 0) largest[q] = all;
   }
   __syncthreads();
+  float best[kTokens];
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) best[j] = -INFINITY;
+  for (int32_t head = 0; head < group; head += kQueries) {
+    if (head > 0) load(head);
+#pragma unroll
+    for (int q = 0; q < kQueries; ++q) {
+      if (head + q >= group) break;
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        best[j] = fmaxf(best[j], score[q][j] - largest[head + q]);
+      }
+    }
+  }
   float* const margin = args.margin + slice.pair(args) * args.margin_stride;
   int32_t count = 0;
-  for (int32_t begin = slice.index * between.piece; begin < slice.stored;
-       begin += between.slices * between.piece) {
-    const int32_t end = min(slice.stored, begin + between.piece);
-    for (int32_t t = begin + threadIdx.x; t < end; t += kThreads) {
-      float best = -INFINITY;
-      for (int32_t q = 0; q < group; ++q) {
-        best = fmaxf(best, between.score[(first + q) * args.margin_stride + t] - largest[q]);
-      }
-      margin[t] = best;
-      count += best > -args.alpha ? 1 : 0;
-    }
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) {
+    const int32_t t = begin + j * kThreads;
+    if (t >= slice.stored) continue;
+    margin[t] = best[j];
+    count += best[j] > -args.alpha ? 1 : 0;
   }
   count = __reduce_add_sync(~0u, count);
   if (threadIdx.x % 32 == 0) warp_count[threadIdx.x / 32] = count;
@@ -271,36 +366,40 @@ __global__ void __launch_bounds__(kThreads) MarginKernel(const __grid_constant__
 // ----------------------------------------------------------------------------------------
 // launchers
 
-unsigned Blocks(const SpeculateArgs& args, const Between& between) {
-  return static_cast<unsigned>(between.rows * args.kv_heads * between.slices);
+unsigned Blocks(const SpeculateArgs& args, const Between& between, int32_t slices) {
+  return static_cast<unsigned>(between.rows * args.kv_heads * slices);
 }
 
 template <int kQueries>
-cudaError_t LaunchScores(const SpeculateArgs& args, const Between& between, KeyPath path,
+cudaError_t LaunchPasses(const SpeculateArgs& args, Between between, KeyPath path,
                          const LaunchContext& context) {
-  const auto kernel = path == KeyPath::kStaged    ? ScoreKernel<kQueries, KeyPath::kStaged>
+  const auto scores = path == KeyPath::kStaged    ? ScoreKernel<kQueries, KeyPath::kStaged>
                       : path == KeyPath::kVectors ? ScoreKernel<kQueries, KeyPath::kVectors>
                                                   : ScoreKernel<kQueries, KeyPath::kElements>;
   const size_t staged =
       path == KeyPath::kStaged ? between.piece * args.partial_dim * sizeof(__nv_bfloat16) : 0;
   // Whole vectors: the compiler reads the remainder of a row by one.
   const size_t queries = (kQueries * args.partial_dim * sizeof(float) + 15) / 16 * 16;
-  return LaunchDependent(context, kernel, Blocks(args, between), kThreads, staged + queries, args,
-                         between, context.activation_dtype);
+  const cudaError_t error =
+      LaunchDependent(context, scores, Blocks(args, between, between.slices), kThreads,
+                      staged + queries, args, between, context.activation_dtype);
+  if (error != cudaSuccess) return error;
+  constexpr int64_t kTokens = kMarginTokens<kQueries>;
+  between.margin_blocks = static_cast<int32_t>((between.longest + kTokens - 1) / kTokens);
+  // Whole 16 bytes: the compiler may load four at a time, ahead of knowing that they are wanted.
+  const size_t largest = (args.query_heads / args.kv_heads + 3) / 4 * 4 * sizeof(float);
+  return LaunchDependent(AfterKernel(context), MarginKernel<kQueries>,
+                         Blocks(args, between, between.margin_blocks), kThreads, largest, args,
+                         between);
 }
 
 cudaError_t LaunchTile(const SpeculateArgs& args, const Between& between, KeyPath path,
                        const LaunchContext& context) {
   const int32_t group = args.query_heads / args.kv_heads;
-  const cudaError_t error = group == 1   ? LaunchScores<1>(args, between, path, context)
-                            : group == 2 ? LaunchScores<2>(args, between, path, context)
-                            : group <= 4 ? LaunchScores<4>(args, between, path, context)
-                                         : LaunchScores<8>(args, between, path, context);
-  if (error != cudaSuccess) return error;
-  // Whole 16 bytes: the compiler may load four at a time, ahead of knowing that they are wanted.
-  const size_t bytes = (group + 3) / 4 * 4 * sizeof(float);
-  return LaunchDependent(AfterKernel(context), MarginKernel, Blocks(args, between), kThreads, bytes,
-                         args, between);
+  return group == 1   ? LaunchPasses<1>(args, between, path, context)
+         : group == 2 ? LaunchPasses<2>(args, between, path, context)
+         : group <= 4 ? LaunchPasses<4>(args, between, path, context)
+                      : LaunchPasses<8>(args, between, path, context);
 }
 
 KeyPath PathOf(const SpeculateArgs& args, int32_t piece, const LaunchContext& context) {
@@ -322,6 +421,7 @@ cudaError_t Launch(const SpeculateArgs& args, const LaunchContext& context) {
   const int64_t longest =
       std::max<int64_t>(1, std::min<int64_t>(args.margin_stride, args.partial_key.max_tokens));
   Between between;
+  between.longest = longest;
   between.piece = kMostPiece;
   while (between.piece > 64 && between.piece * args.partial_dim * 2 > kStagedBytes) {
     between.piece /= 2;
