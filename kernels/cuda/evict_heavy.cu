@@ -5,6 +5,8 @@
 // lie, ahead of the earlier kernel's end; then probabilities, scores, positions and both rows that
 // may move. A warp stands still at the first use of an answer, if only to convert or add it, so
 // nothing is used before all is asked for. After one reduction nothing is left but to write.
+// Instructions that run once are waited for too, so the usual case has a kernel without the
+// others'.
 #include <cmath>
 
 #include "kernels/cuda/cluster.cuh"
@@ -33,7 +35,12 @@ struct Head {
   int64_t row;
   int32_t head;
   int32_t query_position;  // of the new token
+  HeavyScoring scoring;
+  int32_t heavy_begin;  // slots of which one may leave
+  int32_t heavy_end;
+  bool same_places;  // of scores and positions
 
+  __device__ bool IsHeavy(int32_t slot) const { return slot >= heavy_begin && slot < heavy_end; }
   __device__ float& ScoreAt(int64_t offset) const {
     return static_cast<float*>(args.score.data)[offset];
   }
@@ -59,14 +66,14 @@ struct Head {
   }
   // What it received from queries before and from this one, neither of them negative.
   __device__ float Received(float before, float probability) const {
-    return args.scoring.group_maximum ? fmaxf(before, probability) : before + probability;
+    return scoring.group_maximum ? fmaxf(before, probability) : before + probability;
   }
   __device__ float Kept(float value) const {
-    return args.scoring.half ? RoundTo(DType::kF16, value) : value;
+    return scoring.half ? RoundTo(DType::kF16, value) : value;
   }
   // What a slot of this score and position is compared by.
   __device__ float Worth(float score, int32_t position) const {
-    if (!args.scoring.mean) return score;
+    if (!scoring.mean) return score;
     return score / static_cast<float>(query_position + 1 - position);
   }
 };
@@ -161,8 +168,9 @@ struct MovedRow {
       if (i < 2 * d) element[e] = load(i >= d, i < d ? i : i - d);
     }
   }
-  // `dtype`: of the elements.
-  __device__ __forceinline__ void Store(const Head& at, int32_t slot, DType dtype) const {
+  // `dtype`: of the elements; `kept`: of the view's.
+  __device__ __forceinline__ void Store(const Head& at, int32_t slot, DType dtype,
+                                        DType kept) const {
     const int32_t d = at.args.head_dim;
     const KvView& view = at.args.view;
     const int64_t to = KvOffset(view, at.row, slot, at.head);
@@ -170,16 +178,25 @@ struct MovedRow {
     for (int e = 0; e < kElements; ++e) {
       const int32_t i = threadIdx.x + e * kThreads;
       if (i >= 2 * d) continue;
-      StoreElement(i < d ? view.key : view.value, view.dtype, to + (i < d ? i : i - d),
-                   FromBits(element[e], dtype));
+      std::byte* const pool = i < d ? view.key : view.value;
+      const int64_t index = to + (i < d ? i : i - d);
+      if (dtype == kept && ElementBytes(kept) == 2) {
+        reinterpret_cast<uint16_t*>(pool)[index] = static_cast<uint16_t>(element[e]);
+      } else {
+        StoreElement(pool, kept, index, FromBits(element[e], dtype));
+      }
     }
   }
 };
 
-// A batch of slots of one thread: base, base + kThreads, ...
+// A batch of slots of one thread: base, base + kThreads, ... Loading asks for everything of the
+// group's first query and uses nothing.
 struct Batch {
   int64_t score[kBatch];
   int64_t position[kBatch];
+  float before[kBatch];
+  float received[kBatch];
+  int32_t place[kBatch];  // of the heavy slots
 
   __device__ __forceinline__ void Find(const Head& at, int32_t base, int32_t stored) {
 #pragma unroll
@@ -187,13 +204,51 @@ struct Batch {
       const int32_t slot = base + j * kThreads;
       if (slot >= stored) continue;
       score[j] = at.ScoreOffset(slot);
-      position[j] = at.PositionOffset(slot);
+      position[j] = at.same_places ? score[j] : at.PositionOffset(slot);
+    }
+  }
+  __device__ __forceinline__ void Load(const Head& at, int32_t base, int32_t stored) {
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int32_t slot = base + j * kThreads;
+      if (slot >= stored) continue;
+      before[j] = at.ScoreAt(score[j]);
+      received[j] = at.Probability(0, slot);
+      if (at.IsHeavy(slot)) place[j] = at.PositionAt(position[j]);
+    }
+  }
+  // Adds the other queries, writes all scores but that of slot `ring`, and takes the least.
+  __device__ __forceinline__ void Take(const Head& at, int32_t base, int32_t stored, int32_t ring,
+                                       Least& least) {
+    for (int32_t q = 1; q < at.group(); ++q) {
+      float more[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int32_t slot = base + j * kThreads;
+        more[j] = slot < stored ? at.Probability(q, slot) : 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) received[j] = at.Received(received[j], more[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int32_t slot = base + j * kThreads;
+      if (slot >= stored) continue;
+      const float kept = at.Kept(before[j] * at.scoring.decay + received[j]);
+      if (slot != ring) at.ScoreAt(score[j]) = kept;
+      if (at.IsHeavy(slot)) least.Take({at.Worth(kept, place[j]), place[j], slot});
     }
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 3)
-    EvictHeavyKernel(const __grid_constant__ EvictHeavyArgs args, DType dtype) {
+// kUsual: IsUsual.
+template <bool kUsual>
+__global__ void __launch_bounds__(kThreads, kUsual ? 3 : 2)
+    EvictHeavyKernel(const __grid_constant__ EvictHeavyArgs args, DType activation_dtype) {
+  const DType dtype = kUsual ? DType::kBf16 : activation_dtype;
+  const DType kept_dtype = kUsual ? DType::kBf16 : args.view.dtype;
+  HeavyScoring scoring = args.scoring;
+  if (kUsual) scoring.group_maximum = scoring.half = scoring.mean = false;
   ReleaseLaterKernels();
   const Team team = ClusterTeam();
   const int32_t pair = static_cast<int32_t>(blockIdx.x) / team.size;
@@ -203,24 +258,34 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int32_t position = args.position[row];
   const int32_t heavy = args.heavy[row];
   const int32_t recent = args.recent[row];
-  const Head at{args, row, pair % args.kv_heads, position};
-  const bool scored = args.score.data != nullptr;
-  const bool placed = args.slot_position.data != nullptr;
-  const bool ranked = args.rank.data != nullptr;
-  const int32_t stored = active ? KvLength(args.view, row, at.head) : 0;
+  const bool scored = kUsual || args.score.data != nullptr;
+  const bool placed = kUsual || args.slot_position.data != nullptr;
+  const bool ranked = !kUsual && args.rank.data != nullptr;
   const int32_t sinks = min(args.sinks, heavy);
   const bool full = position >= heavy + recent;
+  const Head at{.args = args,
+                .row = row,
+                .head = pair % args.kv_heads,
+                .query_position = position,
+                .scoring = scoring,
+                .heavy_begin = sinks,
+                .heavy_end = full ? heavy : 0,
+                .same_places = kUsual};
+  const int32_t stored = active ? KvLength(args.view, row, at.head) : 0;
   // The slot that the new token takes from the window is known at once.
   const int32_t ring =
       active && full && recent > 0 ? heavy + (position - heavy) % recent : kNowhere;
   const int64_t ring_row = ring == kNowhere ? 0 : KvOffset(args.view, row, ring, at.head);
   const int64_t ring_score = ring == kNowhere || !scored ? 0 : at.ScoreOffset(ring);
-  const int64_t ring_place = ring == kNowhere || !placed ? 0 : at.PositionOffset(ring);
+  const int64_t ring_place = kUsual                        ? ring_score
+                             : ring == kNowhere || !placed ? 0
+                                                           : at.PositionOffset(ring);
   Batch batch;
   if (scored) batch.Find(at, first_slot, stored);
   WaitForEarlierKernels();
   if (!active) return;
 
+  if (scored) batch.Load(at, first_slot, stored);
   MovedRow fresh;
   fresh.Load(args.head_dim, [&](bool is_value, int32_t column) {
     const Activations& from = is_value ? args.value : args.key;
@@ -230,8 +295,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   MovedRow leaving;
   if (ring != kNowhere) {
     leaving.Load(args.head_dim, [&](bool is_value, int32_t column) {
-      return LoadBits(is_value ? args.view.value : args.view.key, args.view.dtype,
-                      ring_row + column);
+      return LoadBits(is_value ? args.view.value : args.view.key, kept_dtype, ring_row + column);
     });
   }
   const int32_t ring_position = ring != kNowhere && placed ? at.PositionAt(ring_place) : 0;
@@ -245,40 +309,13 @@ __global__ void __launch_bounds__(kThreads, 3)
       ring_received = at.Probability(0, ring);
       ring_before = at.ScoreAt(ring_score);
     }
-    for (int32_t base = first_slot; base < stored; base += team.size * kBatch * kThreads) {
-      if (base != first_slot) batch.Find(at, base, stored);
-      float before[kBatch];
-      float received[kBatch];
-      int32_t place[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int32_t slot = base + j * kThreads;
-        if (slot >= stored) continue;
-        before[j] = at.ScoreAt(batch.score[j]);
-        received[j] = at.Probability(0, slot);
-        if (full && slot >= sinks && slot < heavy) place[j] = at.PositionAt(batch.position[j]);
-      }
-      for (int32_t q = 1; q < at.group(); ++q) {
-        float more[kBatch];
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const int32_t slot = base + j * kThreads;
-          more[j] = slot < stored ? at.Probability(q, slot) : 0.0f;
-        }
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) received[j] = at.Received(received[j], more[j]);
-      }
-      // The window's slot was read for all threads: nobody writes before everybody has.
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int32_t slot = base + j * kThreads;
-        if (slot >= stored) continue;
-        const float kept = at.Kept(before[j] * args.scoring.decay + received[j]);
-        if (slot != ring) at.ScoreAt(batch.score[j]) = kept;
-        if (full && slot >= sinks && slot < heavy) {
-          mine.Take({at.Worth(kept, place[j]), place[j], slot});
-        }
-      }
+    // The window's slot was read for all threads: nobody writes it before everybody has.
+    batch.Take(at, first_slot, stored, ring, mine);
+    const int32_t stride = team.size * kBatch * kThreads;
+    for (int32_t base = first_slot + stride; base < stored; base += stride) {
+      batch.Find(at, base, stored);
+      batch.Load(at, base, stored);
+      batch.Take(at, base, stored, ring, mine);
     }
     for (int32_t q = 1; q < at.group(); ++q) {
       const float to_new = at.Probability(q, stored);
@@ -288,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   const float new_score = at.Kept(new_received);
-  const float kept_ring_score = at.Kept(ring_before * args.scoring.decay + ring_received);
+  const float kept_ring_score = at.Kept(ring_before * scoring.decay + ring_received);
   const Least least = TeamLeast(team, mine);
 
   int32_t target = position;  // of the new token
@@ -319,8 +356,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     at.Rank(position) = position;
   }
   if (team.rank != 0) return;
-  if (leaves != target) leaving.Store(at, leaves, args.view.dtype);
-  fresh.Store(at, target, dtype);
+  if (leaves != target) leaving.Store(at, leaves, kept_dtype, kept_dtype);
+  fresh.Store(at, target, dtype, kept_dtype);
   if (threadIdx.x != 0) return;
   if (scored) {
     if (leaves != target) at.ScoreAt(at.ScoreOffset(leaves)) = kept_ring_score;
@@ -337,13 +374,33 @@ __global__ void __launch_bounds__(kThreads, 3)
 // ----------------------------------------------------------------------------------------
 // launchers
 
+namespace {
+
+bool HaveSamePlaces(const SlotView& one, const SlotView& other) {
+  return one.block_size == other.block_size && one.block_stride == other.block_stride &&
+         one.head_stride == other.head_stride && one.block_table == other.block_table &&
+         one.block_table_stride == other.block_table_stride;
+}
+
+// The paper's scores, of rows of bf16 whose keys have been turned by their own positions.
+bool IsUsual(const EvictHeavyArgs& args, const LaunchContext& context) {
+  const HeavyScoring& scoring = args.scoring;
+  return context.activation_dtype == DType::kBf16 && args.view.dtype == DType::kBf16 &&
+         args.score.data != nullptr && args.slot_position.data != nullptr &&
+         HaveSamePlaces(args.score, args.slot_position) && args.rank.data == nullptr &&
+         !scoring.group_maximum && !scoring.half && !scoring.mean;
+}
+
+}  // namespace
+
 cudaError_t Launch(const EvictHeavyArgs& args, const LaunchContext& context) {
   if (2 * args.head_dim > kElements * kThreads) return cudaErrorInvalidValue;
   const auto pairs = static_cast<unsigned>(args.rows * args.kv_heads);
   const bool many = context.architecture >= 90 && args.probability_stride > kClusterSlots;
   const unsigned cluster = many ? kClusterBlocks : 1;
-  return LaunchDependentClusters(context, EvictHeavyKernel, pairs * cluster, kThreads, 0, cluster,
-                                 args, context.activation_dtype);
+  const auto kernel = IsUsual(args, context) ? EvictHeavyKernel<true> : EvictHeavyKernel<false>;
+  return LaunchDependentClusters(context, kernel, pairs * cluster, kThreads, 0, cluster, args,
+                                 context.activation_dtype);
 }
 
 }  // namespace kvsweep::cuda
