@@ -466,10 +466,17 @@ void CudaBackend::CountLink(Link link, uint64_t bytes) {
 void CudaBackend::Copy(void* target, const void* source, uint64_t bytes, Stream stream) {
   if (bytes == 0) return;
   KVSWEEP_CHECK(target != nullptr && source != nullptr);
-  KVSWEEP_CHECK(!capturing_ || (memory_->Holds(target) && memory_->Holds(source)))
-      << "a captured copy must lie in memory of the backend";
-  CountLink(LinkOf(target, source), bytes);
+  const bool own = memory_->Holds(target) && memory_->Holds(source);
+  KVSWEEP_CHECK(!capturing_ || own) << "a captured copy must lie in memory of the backend";
+  const Link link = LinkOf(target, source);
+  CountLink(link, bytes);
   const Scope scope(*this, "Copy", stream);
+  if (own && link != Link::kNone && cuda::IsSmallCopy(target, source, bytes)) {
+    Use(stream);
+    const cuda::LaunchContext& context = context_[static_cast<int>(stream)];
+    Note(cuda::LaunchSmallCopy(target, source, bytes, context), "Copy");
+    return;
+  }
   Note(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDefault, Use(stream)), "Copy");
 }
 

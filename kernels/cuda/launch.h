@@ -78,6 +78,12 @@ cudaError_t Launch(const SelectTopArgs& args, const LaunchContext& context);
 cudaError_t Launch(const GatherRowsArgs& args, const LaunchContext& context);
 cudaError_t Launch(const CopyTileArgs& args, const LaunchContext& context);
 
+// A copy between the tiers that a kernel does sooner than the copy engine (copy_small.cu), and that
+// kernel. REQUIRES: both sides are memory of the backend.
+bool IsSmallCopy(const void* target, const void* source, uint64_t bytes);
+cudaError_t LaunchSmallCopy(void* target, const void* source, uint64_t bytes,
+                            const LaunchContext& context);
+
 // How decode attention splits its keys (decode_attention.cu).
 AttentionPlan PlanAttention(int32_t rows, int32_t max_tokens, int32_t kv_heads,
                             const LaunchContext& context);

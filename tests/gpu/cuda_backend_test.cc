@@ -434,6 +434,40 @@ TEST(CudaBackendTest, MemoryIsZeroedCountedAndBounded) {
   EXPECT_EQ(std::count(ones.begin(), ones.begin() + 690'000, 0), 690'000);
 }
 
+// Small ones are a kernel's, others the copy engine's: of sizes and places that four or sixteen
+// bytes divide or do not, on either side of the bound.
+TEST(CudaBackendTest, CopiesOfAnySizeCarryTheirBytesAndNoOthers) {
+  const std::unique_ptr<Backend> backend = NewCuda({});
+  constexpr size_t kRoom = 300 * 1024;
+  std::byte* const device = backend->Allocate(Tier::kDevice, kRoom).value();
+  std::byte* const from = backend->Allocate(Tier::kHost, kRoom).value();
+  std::byte* const back = backend->Allocate(Tier::kHost, kRoom).value();
+  for (size_t i = 0; i < kRoom; ++i) from[i] = static_cast<std::byte>(i * 7 + i / 256);
+  for (const size_t bytes : {1, 4, 12, 16, 1020, 4096, 262144, 262148, 262160}) {
+    for (const size_t begin : {0, 4, 16, 18}) {
+      backend->Zero(device, kRoom, Stream::kCompute);
+      backend->Copy(device + begin, from + begin, bytes, Stream::kCompute);
+      std::fill_n(back, kRoom, std::byte{0xee});
+      backend->Copy(back + begin, device + begin, bytes, Stream::kCompute);
+      ASSERT_TRUE(backend->WaitAll().ok());
+      const bool same = std::equal(from + begin, from + begin + bytes, back + begin);
+      EXPECT_TRUE(same) << bytes << " bytes from " << begin;
+      EXPECT_EQ(back[begin + bytes], std::byte{0xee}) << bytes << " bytes from " << begin;
+      if (begin > 0) {
+        EXPECT_EQ(back[begin - 1], std::byte{0xee});
+      }
+      // Neither were the device's other bytes touched.
+      backend->Copy(back, device, kRoom, Stream::kCompute);
+      ASSERT_TRUE(backend->WaitAll().ok());
+      EXPECT_EQ(back[begin + bytes], std::byte{0});
+      if (begin > 0) {
+        EXPECT_EQ(back[begin - 1], std::byte{0});
+      }
+    }
+  }
+  for (std::byte* const memory : {device, from, back}) backend->Free(memory);
+}
+
 TEST(CudaBackendTest, GraphsJoinStreamsAndReadNewValuesBehindOldPointers) {
   const auto backend = NewCuda({.dtype = DType::kF32});
   const auto floats = [&](Tier tier) {
