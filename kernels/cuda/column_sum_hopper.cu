@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kBoxRows = 16;  // keys of a copy: a page, or a part of one
 constexpr int kQueryPanelBytes = kColumnSumRows * kPanelRowBytes;
-constexpr int kNowhere = 1 << 30;  // a coordinate outside every tensor
+[[maybe_unused]] constexpr int kNowhere = 1 << 30;  // a coordinate outside every tensor
 constexpr int kKeyStages = 2;
 constexpr int kStages = 3;  // tiles of queries in shared memory
 constexpr int kFoldThreads = 128;
